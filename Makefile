@@ -1,0 +1,87 @@
+# bit_mixup: `make` lists the targets. Each does its own set-up: Python >= 3.11, git and make are enough.
+
+.DEFAULT_GOAL := help
+.PHONY: help install check format test test-all ci plan models few-shot fine-tune \
+        fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+DATASET ?= digits
+MODEL ?= bundled
+NPROC ?= 1
+ARGS ?=
+
+# The rule's 128 px and batches of 512 are too much for two cores and a model of 40 px.
+MODEL_FLAGS := $(if $(filter bundled,$(MODEL)),--preset light --resolution model)
+# A mirrored digit is another shape.
+DATASET_FLAGS := $(if $(filter digits,$(DATASET)),--no-flip)
+# The paper's sets are transferred to from BiT-M, unless MODEL is given.
+BIT := $(if $(filter file,$(origin MODEL)),resnetv2_50x1_bit.goog_in21k,$(MODEL))
+ifeq ($(NPROC),1)
+LAUNCH := $(BIN)/bit-mixup fine-tune
+else
+LAUNCH := $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) recipes/fine_tune.py
+endif
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  Variables: DATASET= MODEL= NPROC= ARGS='...' (any option of bit-mixup fine-tune)"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## make .venv with everything in it
+
+fine-tune: $(READY) ## fine-tune MODEL (bundled) on DATASET (digits); resumes nothing, overwrites nothing
+	$(LAUNCH) --dataset $(DATASET) --model $(MODEL) $(MODEL_FLAGS) $(DATASET_FLAGS) $(ARGS)
+
+fine-tune-cifar10: $(READY) ## the paper's CIFAR-10, from the hub
+	$(LAUNCH) --model $(BIT) --dataset uoft-cs/cifar10 --image-column img --label-column label --test-split test $(ARGS)
+
+fine-tune-cifar100: $(READY) ## the paper's CIFAR-100 (fine labels), from the hub
+	$(LAUNCH) --model $(BIT) --dataset uoft-cs/cifar100 --image-column img --label-column fine_label --test-split test $(ARGS)
+
+fine-tune-pets: $(READY) ## the paper's Oxford-IIIT Pets (breeds), from the hub
+	$(LAUNCH) --model $(BIT) --dataset timm/oxford-iiit-pet --image-column image --label-column label --test-split test $(ARGS)
+
+fine-tune-flowers: $(READY) ## the paper's Oxford Flowers-102, from the hub
+	$(LAUNCH) --model $(BIT) --dataset Donghyun99/Oxford-Flower-102 --image-column image --label-column label --test-split test $(ARGS)
+
+fine-tune-imagenet: $(READY) ## the paper's ImageNet-1k (gated: log in first); its test split is unlabelled
+	$(LAUNCH) --model $(BIT) --dataset ILSVRC/imagenet-1k --image-column image --label-column label --test-split validation $(ARGS)
+
+plan: $(READY) ## show what fine-tune would do, and why, without training
+	$(BIN)/bit-mixup plan --dataset $(DATASET) --model $(MODEL) $(MODEL_FLAGS) $(DATASET_FLAGS) $(ARGS)
+
+models: $(READY) ## list the pretrained weights
+	$(BIN)/bit-mixup models
+
+few-shot: $(READY) ## the README's few-shot table: digits, 5 and 10 for each class, 5 seeds, three methods
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/few_shot_digits.py $(ARGS)
+
+check: $(READY) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## put the code into form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(READY) ## the tests (under 6 minutes on 2 cores, no network)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-all: $(READY) ## the tests and the long ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ''
+
+ci: check test ## what .ci/run runs
+
+clean: ## remove the environment and caches, but no runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,126 @@
+"""The door for people with a terminal: `bit-mixup fine-tune | plan | models`.
+
+torch is imported only by what needs it, so that help, models and plans come at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bit_mixup.catalog import PUBLISHED
+from bit_mixup.errors import BitMixupError, ConfigError, did_you_mean
+from bit_mixup.weights import BUNDLED, find_weights, size_text
+
+_USAGE = """usage: bit-mixup COMMAND [OPTIONS]
+
+Transfer a pretrained BiT to your pictures; the BiT-HyperRule chooses schedule, resolution and mixup.
+
+  fine-tune   fine-tune a model on a data set, score it, write the run's folder
+  plan        show what fine-tune would do and why, without training (--time adds an estimate)
+  models      list the pretrained weights
+
+`bit-mixup COMMAND --help` lists the options of a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command. Exits with 2 and one line of explanation where it can not be done."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"fine-tune": fine_tune_command, "plan": plan_command, "models": models_command}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    try:
+        if arguments[0] not in commands:
+            raise ConfigError(
+                f'there is no command "{arguments[0]}"{did_you_mean(arguments[0], commands)}: {", ".join(commands)}.'
+            )
+        commands[arguments[0]](arguments[1:])
+    except BitMixupError as error:
+        raise SystemExit(_explain(error)) from error
+
+
+def _explain(error: BitMixupError) -> int:
+    print(f"bit-mixup: error: {error}", file=sys.stderr)
+    return 2
+
+
+def fine_tune_command(arguments: Sequence[str]) -> None:
+    """fine-tune: every option is a field of `TransferConfig`."""
+    config = _configuration(arguments, prog="bit-mixup fine-tune")
+    from bit_mixup.workflow import run_transfer
+
+    run_transfer(config)
+
+
+def plan_command(arguments: Sequence[str]) -> None:
+    """plan: the options of fine-tune, and --processes N and --time."""
+    rest, options = _take(arguments, {"--processes": True, "--time": False})
+    processes = options.get("--processes")
+    if processes is not None and not (processes.isdigit() and int(processes)):
+        raise ConfigError(f"--processes {processes}: a whole number from 1 was expected.")
+    config = _configuration(
+        rest, prog="bit-mixup plan", extra="Also: --processes N plans for N processes, --time times a few steps."
+    )
+    from bit_mixup.planning import make_plan
+
+    plan = make_plan(config, num_processes=int(processes) if processes else None)
+    print(plan.text())
+    if "--time" in options:
+        from bit_mixup.workflow import time_run
+
+        minutes = time_run(plan) / 60
+        print(f"{'time':<9} about {minutes:.3g} minutes of training here, by three timed passes (decoding pictures not counted)")
+
+
+def models_command(arguments: Sequence[str]) -> None:
+    """models: a table of the published weights and the bundled ones."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise ConfigError(f'models takes no options, but got "{arguments[0]}".')
+    bundled = find_weights(BUNDLED)
+    print(f"{'model':<52} {'parameters':>10} {'pixels':>6}  upstream data")
+    print(f"{BUNDLED:<52} {size_text(bundled.shape.parameter_count(), ''):>10} {bundled.input_size:>6}  letters of many scripts; "
+          f"{bundled.name}, in the package")  # fmt: skip
+    for model in PUBLISHED.values():
+        print(
+            f"{model.name:<52} {size_text(model.architecture.parameter_count(), ''):>10} {model.input_size:>6}  {model.upstream}"
+        )
+    print("\nParameters are counted without the head. A path to a .safetensors or original .npz file or a folder works as well.")
+
+
+def _take(arguments: Sequence[str], known: dict[str, bool]) -> tuple[list[str], dict[str, str]]:
+    """Takes a few options out of the arguments: the rest, and the values of those found (True: the option has a value)."""
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, separator, value = argument.partition("=")
+        if name not in known:
+            rest.append(argument)
+        elif not known[name]:
+            found[name] = ""
+        else:
+            found[name] = value if separator else next(waiting, "")
+    return rest, found
+
+
+def _configuration(arguments: Sequence[str], *, prog: str, extra: str = "") -> Any:
+    """A `TransferConfig` from flags, on top of a saved one where --config names it."""
+    from bit_mixup.config import TransferConfig
+
+    rest, options = _take(arguments, {"--config": True})
+    default = TransferConfig.from_json(Path(options["--config"])) if "--config" in options else None
+    description = "\n\n".join(
+        text
+        for text in (TransferConfig.__doc__, "Also: --config FILE starts from the config.json of an earlier run.", extra)
+        if text
+    )
+    return tyro.cli(
+        TransferConfig,
+        args=rest,
+        prog=prog,
+        description=description,
+        default=tyro.MISSING_NONPROP if default is None else default,
+    )

@@ -1,0 +1,227 @@
+"""What may a user ask?"""
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import typeguard
+
+from bit_mixup.catalog import DEFAULT_MODEL
+from bit_mixup.environment import Precision
+from bit_mixup.errors import ConfigError, did_you_mean
+from bit_mixup.hyperrule import HyperParameters, LamLaw, Preset, bit_hyperrule, scale_step
+from bit_mixup.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """Everything that can be asked of a run. None leaves a value to the rule."""
+
+    dataset: str
+    """digits (in the package), a folder of class folders, a csv / parquet / json file or a folder of them, a save_to_disk
+    folder, or a hub id such as uoft-cs/cifar10."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set that has several."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str | None = None
+    """Split to score. None: the first labelled one of test, validation, ...; else a fifth of the training split."""
+    image_column: str | None = None
+    """Column of the pictures, where it is not plain."""
+    label_column: str | None = None
+    """Column of the classes, where it is not plain."""
+    examples_per_class: int | None = None
+    """Train on a balanced few-shot subset of this many for each class."""
+    few_shot_seed: int = 0
+    """Seed of the few-shot draw."""
+    validation_fraction: float = 0.0
+    """Share of the training split to hold out and score apart."""
+
+    model: str = DEFAULT_MODEL
+    """bundled (in the package), a published architecture.tag (see bit-mixup models), a .safetensors or original .npz file, a
+    folder in timm's hub layout, or user/name of one on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of weights on the hub."""
+    std_eps: float | None = None
+    """Added to the variance in weight standardisation. None: what the weights say, else 1e-8 as in timm; the reference has
+    1e-10."""
+
+    preset: Preset = "code"
+    """code: the reference's PyTorch code. paper: the paper's text. light: code with batch 128 and rate 0.001."""
+    resolution: Literal["rule", "model"] = "rule"
+    """rule: by the size of the pictures. model: crops of the size the weights were made for, resized a fifth larger."""
+    steps: int | None = None
+    """Optimizer steps; warm-up and decays move in proportion."""
+    batch_size: int | None = None
+    """Examples per step, over all processes. The rate does not follow it."""
+    base_lr: float | None = None
+    """Rate between warm-up and first decay."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    decay_steps: tuple[int, ...] | None = None
+    """Steps after which the rate falls ten-fold."""
+    momentum: float | None = None
+    """Of SGD."""
+    weight_decay: float | None = None
+    """Of SGD; BiT transfers without."""
+    resize_size: int | None = None
+    """Edge in pixels that training pictures are resized to."""
+    crop_size: int | None = None
+    """Edge in pixels of training crops and evaluation pictures."""
+    flip: bool = True
+    """Mirror half of the training pictures; turn it off where that changes the class."""
+    mixup_alpha: float | None = None
+    """Beta parameter of mixup; 0 turns it off."""
+    mixup_lam: LamLaw = "step"
+    """Draw the mixing weight once for each step, as BiT does, or for each example."""
+
+    seed: int = 0
+    """Of shuffling, crops, mixing and splits."""
+    precision: Precision | None = None
+    """Of the forward and backward pass. None: what the Accelerate configuration says, else fp32. fp16 needs an accelerator."""
+    micro_batch: int | None = None
+    """Most examples of one backward pass. None: what fits into about 6 GiB. It has no say in the result, beyond rounding."""
+    num_workers: int | None = None
+    """Processes that decode pictures. None: 0 on the CPU, else up to 8."""
+    threads: int | None = None
+    """Torch's threads in each process. None: an equal share of the cores."""
+
+    output_dir: Path | None = None
+    """Folder of the run. None: runs/<dataset>-<model>-<seed>."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the folder, if there is one."""
+    overwrite: bool = False
+    """Delete the run in the folder and start anew."""
+    log_every: int = 10
+    """Period in steps of the log."""
+    save_every: int = 100
+    """Period in steps of checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    tracker: str | None = None
+    """Also log through Accelerate to tensorboard, wandb, ..., if installed."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            check_value(field.name, getattr(self, field.name), hints[field.name])
+        for name in ("log_every", "save_every", "keep_checkpoints", "micro_batch", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        for name in ("seed", "few_shot_seed", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}; it must be 0 or a positive whole number.")
+        if self.std_eps is not None and not (math.isfinite(self.std_eps) and self.std_eps > 0):
+            raise ConfigError(f"std_eps is {self.std_eps}; it must be a small positive number, such as 1e-8 or 1e-10.")
+        if self.resolution == "model" and (self.resize_size or self.crop_size):
+            raise ConfigError("resolution model contradicts resize_size and crop_size: give one or the other.")
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values for `config.json`; `from_json` reads it back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, path: Path, **changes: Any) -> "TransferConfig":
+        """Reads a saved `config.json`.
+
+        Raises:
+            ConfigError: it can not be read, or holds an unknown key or a wrong value.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} can not be read as a configuration: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold a JSON object of options, such as a run's config.json.")
+        if values.get("decay_steps") is not None:
+            values["decay_steps"] = tuple(values["decay_steps"])
+        if values.get("output_dir") is not None:
+            values["output_dir"] = Path(values["output_dir"])
+        if values.get("mixup_alpha") == "inf":
+            values["mixup_alpha"] = math.inf
+        return configure(**{**values, **changes})
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Sees whether a value is what a field's annotation says.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        typeguard.check_type(value, hint)
+    except typeguard.TypeCheckError as error:
+        choices = [choice for choice in getattr(hint, "__args__", ()) if isinstance(choice, str)]
+        if choices and isinstance(value, str):
+            raise ConfigError(f'{name} "{value}"{did_you_mean(value, choices)}: expected one of {", ".join(choices)}.') from error
+        raise ConfigError(f"{name} is {value!r}; expected {str(hint).replace('typing.', '')}.") from error
+
+
+def configure(**options: Any) -> TransferConfig:
+    """A `TransferConfig` of keyword arguments.
+
+    Raises:
+        ConfigError: an unknown name, a missing data set, or a wrong value.
+    """
+    known = [field.name for field in fields(TransferConfig)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f'there is no option "{name}"{did_you_mean(name, known)}. `bit-mixup fine-tune --help` lists them.')
+    if "dataset" not in options:
+        raise ConfigError('no data set was named. Give dataset, for instance "uoft-cs/cifar10", a folder, or "digits".')
+    return TransferConfig(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """The numbers of a run and where each comes from.
+
+    Args:
+        hyper: what will be run.
+        rule: what the rule alone says.
+        reasons: for each field of `hyper` that is not the rule's, why.
+    """
+
+    hyper: HyperParameters
+    rule: HyperParameters
+    reasons: dict[str, str]
+
+
+def resolve(config: TransferConfig, *, num_examples: int, image_area: float, weights: Weights) -> Resolution:
+    """Asks the rule, then puts what was asked for in its place.
+
+    Raises:
+        ConfigError: the result contradicts itself.
+    """
+    rule = bit_hyperrule(num_examples, image_area, preset=config.preset, architecture=weights.architecture)
+    hyper = rule
+    reasons: dict[str, str] = {}
+    if config.steps is not None:
+        hyper = replace(
+            rule,
+            steps=config.steps,
+            warmup_steps=scale_step(rule.warmup_steps, rule.steps, config.steps),
+            decay_steps=tuple(scale_step(step, rule.steps, config.steps) for step in rule.decay_steps),
+        )
+        reasons |= {"steps": "--steps", "warmup_steps": "in proportion to --steps", "decay_steps": "in proportion to --steps"}
+    if config.resolution == "model":
+        size = weights.input_size
+        hyper = replace(hyper, resize_size=round(size * 6 / 5), crop_size=size)
+        reasons |= dict.fromkeys(("resize_size", "crop_size"), "--resolution model")
+    asked = {f.name: getattr(config, f.name) for f in fields(HyperParameters)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked.get("crop_size") and not asked.get("resize_size"):
+        asked["resize_size"] = max(hyper.resize_size, asked["crop_size"])
+    if asked.get("resize_size") and not asked.get("crop_size"):
+        asked["crop_size"] = min(hyper.crop_size, asked["resize_size"])
+    hyper = replace(hyper, **asked)
+    reasons |= {name: f"--{name.replace('_', '-')}" for name in asked}
+    changed = {name: why for name, why in reasons.items() if getattr(hyper, name) != getattr(rule, name)}
+    return Resolution(hyper=hyper, rule=rule, reasons=changed)

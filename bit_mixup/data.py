@@ -1,0 +1,503 @@
+"""What is trained on, what is tested on, and what does the model get to see at each position?
+
+From the splits of a source to pictures and labels: which column is which, what the classes are, which rows belong to which part.
+Torch is not imported: pictures leave as NumPy arrays of bytes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datasets import ClassLabel, Dataset, DatasetDict, Image, LargeList, List, Value
+
+from bit_mixup.errors import DataError, did_you_mean
+from bit_mixup.images import EXTENSIONS, View, decode, open_encoded
+from bit_mixup.sampling import Purpose, few_shot_rows, generator, row_at, stratified_rows
+from bit_mixup.sources import TEST_SPLITS, Source, open_source
+
+UNLABELLED = -1
+TEST_FRACTION = 0.2
+SIZE_SAMPLE = 1000
+
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Some rows of a split, with their labels.
+
+    Args:
+        name: of the split, for messages.
+        pictures: the split's pictures, not decoded; one column.
+        rows: which rows of it belong to the part, (N,).
+        labels: of those rows, (N,), from 0 to the number of classes less one.
+    """
+
+    name: str
+    pictures: Dataset
+    rows: npt.NDArray[np.int64]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, indices: npt.NDArray[np.int64]) -> "Part":
+        """The examples at these indices of the part."""
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The undecoded pictures at these indices."""
+        column = self.pictures.column_names[0]
+        pictures: list[dict[str, Any]] = self.pictures[[int(self.rows[index]) for index in indices]][column]
+        return pictures
+
+    def where(self, index: int, encoded: dict[str, Any]) -> str:
+        """How a message names an example."""
+        path = encoded.get("path")
+        return f"{path} ({self.name} row {self.rows[index]})" if path else f"{self.name} row {self.rows[index]}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageDataset:
+    """A data set that is ready to be trained on.
+
+    Args:
+        name: as asked for.
+        class_names: in the order of the labels.
+        train: examples to train on.
+        test: examples to score, none of them in `train`.
+        validation: examples held out of the training split, where that was asked for.
+        image_column: where pictures were found.
+        label_column: where labels were found.
+        notes: what was decided on the way, for people to read.
+        revision: commit hash on the hub; None for data of this machine.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Part
+    test: Part
+    validation: Part | None
+    image_column: str
+    label_column: str
+    notes: tuple[str, ...]
+    revision: str | None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of class names and of the rows and labels of each part: equal for equal examples in equal order."""
+        digest = hashlib.sha256(repr((self.class_names, self.revision)).encode())
+        for part in (self.train, self.test, self.validation):
+            if part is not None:
+                digest.update(part.name.encode() + part.rows.astype("<i8").tobytes() + part.labels.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_image_dataset(
+    source: str | Dataset | DatasetDict,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    examples_per_class: int | None = None,
+    few_shot_seed: int = 0,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+) -> ImageDataset:
+    """Opens a data set and decides its columns, classes and parts.
+
+    Args:
+        source: see `bit_mixup.sources.open_source`.
+        config: of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
+        train_split: the split to train on.
+        test_split: the split to score. None: the first labelled one of test, validation, ...; else a seeded stratified fifth
+            of the training split.
+        image_column: None: the one column of pictures.
+        label_column: None: the one column of classes, else the one of strings or whole numbers.
+        examples_per_class: draw a balanced subset of this many for each class, without replacement.
+        few_shot_seed: of that draw.
+        validation_fraction: share of each class of the training split that is held out and scored apart.
+        seed: of the splits that are made here.
+
+    Raises:
+        DataError: something is missing, ambiguous or out of range; the message names it.
+    """
+    opened = open_source(source, config=config, revision=revision)
+    split = _pick_split(opened, train_split, "train_split")
+    image_column = _image_column(opened.splits[split], image_column, opened.folder)
+    label_column = _label_column(opened.splits[split], label_column, image_column)
+    feature = opened.splits[split].features[label_column]
+    notes = [f'pictures from column "{image_column}", classes from "{label_column}"']
+    class_names, values = _classes(opened.splits[split], label_column, split)
+    train = _part(opened, split, image_column, label_column, values)
+    unlabelled = np.flatnonzero(train.labels == UNLABELLED)
+    if len(unlabelled):
+        raise DataError(
+            f'{split} row {unlabelled[0]} has the label -1 in "{label_column}", which means unlabelled '
+            f"({len(unlabelled)} rows do). "
+            "Remove these rows, or name another train_split."
+        )
+    if (isinstance(feature, ClassLabel) and len(class_names) < 2) or len(np.unique(train.labels)) < 2:
+        raise DataError(f'"{label_column}" of {split} holds fewer than two classes: there is nothing to learn.')
+
+    test, note = _test_part(opened, split, test_split, image_column, label_column, values, train, seed)
+    notes.append(note)
+    if test is None:
+        held = stratified_rows(train.labels, TEST_FRACTION, seed=seed)
+        test, train = train.subset(held), train.subset(np.setdiff1d(np.arange(len(train)), held))
+    validation = None
+    if validation_fraction:
+        if not 0 < validation_fraction < 1:
+            raise DataError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
+        held = stratified_rows(train.labels, validation_fraction, seed=seed + 1)
+        validation, train = train.subset(held), train.subset(np.setdiff1d(np.arange(len(train)), held))
+        notes.append(f"{len(validation):,} examples of {split} are held out for validation")
+    if examples_per_class is not None:
+        train = _few_shot(train, class_names, examples_per_class, few_shot_seed)
+        notes.append(f"{examples_per_class} example(s) for each class, drawn without replacement with seed {few_shot_seed}")
+    return ImageDataset(
+        name=source if isinstance(source, str) else "memory",
+        class_names=class_names,
+        train=train,
+        test=test,
+        validation=validation,
+        image_column=image_column,
+        label_column=label_column,
+        notes=tuple(notes),
+        revision=opened.revision,
+    )
+
+
+def _pick_split(source: Source, name: str, flag: str) -> str:
+    if name not in source.splits:
+        raise DataError(
+            f'{flag} "{name}": the data set has the splits {", ".join(source.splits)}{did_you_mean(name, source.splits)}. '
+            f"Name one with {flag}."
+        )
+    if not len(source.splits[name]):
+        raise DataError(f'split "{name}" holds no examples.')
+    return name
+
+
+def _column(split: Dataset, name: str, flag: str) -> str:
+    if name not in split.column_names:
+        raise DataError(
+            f'{flag} "{name}": the data set has the columns {", ".join(split.column_names)}'
+            f"{did_you_mean(name, split.column_names)}."
+        )
+    return name
+
+
+def _one_of(candidates: list[str], split: Dataset, what: str, flag: str) -> str:
+    if len(candidates) == 1:
+        return candidates[0]
+    columns = ", ".join(
+        f"{name} ({type(f).__name__ if not isinstance(f, Value) else f.dtype})" for name, f in split.features.items()
+    )
+    if candidates:
+        raise DataError(f"{len(candidates)} columns could hold the {what}: {', '.join(candidates)}. Name one with {flag}.")
+    raise DataError(f"no column seems to hold the {what}; there are {columns}. Name one with {flag}.")
+
+
+def _image_column(split: Dataset, asked: str | None, folder: Path) -> str:
+    if asked is not None:
+        name = _column(split, asked, "image_column")
+        if not isinstance(split.features[name], Image) and not _looks_like_pictures(split, name):
+            raise DataError(
+                f'image_column "{name}" holds {split.features[name]}, not pictures: expected an Image feature, encoded bytes, or '
+                f"names of picture files ({', '.join(sorted(EXTENSIONS))})."
+            )
+        return name
+    features = [name for name, feature in split.features.items() if isinstance(feature, Image)]
+    return _one_of(
+        features or [n for n in split.column_names if _looks_like_pictures(split, n)], split, "pictures", "image_column"
+    )
+
+
+def _looks_like_pictures(split: Dataset, name: str) -> bool:
+    feature = split.features[name]
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    if not isinstance(feature, Value):
+        return False
+    if feature.dtype in ("binary", "large_binary"):
+        return True
+    first = split[0][name] if feature.dtype in ("string", "large_string") else None
+    return isinstance(first, str) and Path(first).suffix.lower() in EXTENSIONS
+
+
+def _label_column(split: Dataset, asked: str | None, image_column: str) -> str:
+    if asked is not None:
+        name = _column(split, asked, "label_column")
+        if not isinstance(split.features[name], ClassLabel) and not _looks_like_labels(split, name):
+            kind = (
+                "lists (several labels for a picture)"
+                if isinstance(split.features[name], List | LargeList)
+                else split.features[name]
+            )
+            raise DataError(
+                f'label_column "{name}" holds {kind}; expected one class a picture: a ClassLabel, strings or whole numbers.'
+            )
+        return name
+    features = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
+    by_type = [name for name in split.column_names if name != image_column and _looks_like_labels(split, name)]
+    return _one_of(features or by_type, split, "classes", "label_column")
+
+
+def _looks_like_labels(split: Dataset, name: str) -> bool:
+    feature = split.features[name]
+    return isinstance(feature, Value) and (feature.dtype in ("string", "large_string", "bool") or "int" in feature.dtype)
+
+
+def _classes(split: Dataset, column: str, name: str) -> tuple[tuple[str, ...], list[Any]]:
+    """Names of the classes, and the values in the column that stand for them, both in the order of the labels."""
+    feature = split.features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names), list(range(len(feature.names)))
+    values = split.data.column(column).unique().to_pylist()
+    if None in values:
+        row = split.data.column(column).to_pylist().index(None) if split._indices is None else 0
+        raise DataError(f'{name} row {row} has no label: "{column}" is empty there. Fill it or remove the row.')
+    values = sorted(value for value in values if isinstance(value, str) or value != UNLABELLED)
+    if values and not isinstance(values[0], str) and values[0] < 0:
+        raise DataError(f'"{column}" of {name} holds the label {values[0]}; labels are 0 or more (-1 means unlabelled).')
+    if len(values) == len(split) > 1:
+        raise DataError(
+            f'"{column}" of {name} has another value in every row, as names or ids do: it can not be the class. '
+            "Name the right column with label_column."
+        )
+    return tuple(str(value) for value in values), values
+
+
+def _part(source: Source, split: str, image_column: str, label_column: str, values: list[Any]) -> Part:
+    data = source.splits[split]
+    for column, flag in ((image_column, "image_column"), (label_column, "label_column")):
+        if column not in data.column_names:
+            raise DataError(
+                f'split "{split}" has no column "{column}", which {flag} names. It has {", ".join(data.column_names)}.'
+            )
+    return Part(
+        name=split,
+        pictures=_undecoded(data.select_columns([image_column]), image_column, source.folder),
+        rows=np.arange(len(data)),
+        labels=_labels(data, split, label_column, values),
+    )
+
+
+def _undecoded(pictures: Dataset, column: str, folder: Path) -> Dataset:
+    feature = pictures.features[column]
+    if isinstance(feature, Value) and "string" in feature.dtype:
+        paths = [{"path": str(folder / Path(path).expanduser()), "bytes": None} for path in pictures[column][:]]
+        missing = next((row for row, p in enumerate(paths) if not Path(str(p["path"])).is_file()), None)
+        if missing is not None:
+            raise DataError(
+                f'row {missing} of column "{column}" names {paths[missing]["path"]}, which is no file. Mend the path.'
+            )
+        return Dataset.from_dict({column: paths}).cast_column(column, Image(decode=False))
+    return pictures.cast_column(column, Image(decode=False))
+
+
+def _labels(data: Dataset, split: str, column: str, values: list[Any]) -> Labels:
+    """Labels as positions in `values`; -1 where a row is unlabelled."""
+    feature = data.features[column]
+    raw = data[column][:]
+    if isinstance(feature, ClassLabel):
+        return _class_labels(raw, split, column, feature, len(values))
+    index: dict[Any, int] = {value: position for position, value in enumerate(values)}
+    if not values or not isinstance(values[0], str):
+        index[UNLABELLED] = UNLABELLED
+    index[None] = UNLABELLED
+    labels = np.empty(len(raw), dtype=np.int64)
+    for row, value in enumerate(raw):
+        if value not in index:
+            raise DataError(f'{split} row {row} has the class "{value}" in "{column}", which the training split lacks.')
+        labels[row] = index[value]
+    return labels
+
+
+def _class_labels(raw: list[int | None], split: str, column: str, feature: ClassLabel, num_classes: int) -> Labels:
+    labels = np.array([UNLABELLED if value is None else value for value in raw], dtype=np.int64)
+    wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= feature.num_classes))
+    if len(wrong):
+        raise DataError(
+            f'{split} row {wrong[0]} has the label {labels[wrong[0]]} in "{column}"; it must be from 0 to '
+            f"{feature.num_classes - 1}, as there are {feature.num_classes} classes."
+        )
+    return labels
+
+
+def _test_part(
+    source: Source,
+    train_split: str,
+    asked: str | None,
+    image_column: str,
+    label_column: str,
+    values: list[Any],
+    train: Part,
+    seed: int,
+) -> tuple[Part | None, str]:
+    """The part to score and a note on the choice; None if it must be cut from the training split."""
+    unlabelled: list[str] = []
+    for name in [asked] if asked is not None else [n for n in TEST_SPLITS if n in source.splits and n != train_split]:
+        if name == train_split:
+            raise DataError(f'test_split and train_split are both "{name}": scores on training examples mean nothing.')
+        part = _part(source, _pick_split(source, name, "test_split"), image_column, label_column, values)
+        part = replace(part, labels=_in_training_order(part.labels, source, train_split, name, label_column))
+        if (part.labels != UNLABELLED).all():
+            return part, f'scored on split "{name}"' + (f" (unlabelled: {', '.join(unlabelled)})" if unlabelled else "")
+        if asked is not None or (part.labels != UNLABELLED).any():
+            row = int(np.flatnonzero(part.labels == UNLABELLED)[0])
+            raise DataError(f'split "{name}" can not be scored: row {row} has no label (-1). Name another test_split.')
+        unlabelled.append(name)
+    why = f"the split(s) {', '.join(unlabelled)} are unlabelled" if unlabelled else "the data set has no test split"
+    return None, f"NOTE: {why}, so a stratified fifth of {train_split} (seed {seed}) is kept out of training and scored instead"
+
+
+def _in_training_order(labels: Labels, source: Source, train_split: str, split: str, column: str) -> Labels:
+    """Labels of another split in the training split's order of class names."""
+    train, other = source.splits[train_split].features[column], source.splits[split].features[column]
+    if not (isinstance(train, ClassLabel) and isinstance(other, ClassLabel)) or train.names == other.names:
+        return labels
+    foreign = [name for name in other.names if name not in train.names]
+    if foreign:
+        raise DataError(
+            f'split "{split}" has the class "{foreign[0]}", which {train_split} lacks{did_you_mean(foreign[0], train.names)}.'
+        )
+    order = np.array([train.names.index(name) for name in other.names])
+    return np.where(labels == UNLABELLED, UNLABELLED, order[labels])
+
+
+def _few_shot(train: Part, class_names: tuple[str, ...], examples_per_class: int, seed: int) -> Part:
+    if examples_per_class < 1:
+        raise DataError(f"examples_per_class is {examples_per_class}; it must be at least 1.")
+    counts = np.bincount(train.labels, minlength=len(class_names))
+    short = np.flatnonzero(counts < examples_per_class)
+    if len(short):
+        raise DataError(
+            f'class "{class_names[short[0]]}" has only {counts[short[0]]} training example(s), but examples_per_class is '
+            f"{examples_per_class}. Lower it, or remove the class."
+        )
+    return train.subset(few_shot_rows(train.labels, examples_per_class, seed=seed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeSummary:
+    """Sizes of a seeded sample of pictures.
+
+    Args:
+        median_area: in square pixels.
+        smallest: width and height of the smallest by area.
+        largest: width and height of the largest by area.
+        sampled: how many were looked at.
+        small_share: share of them below 96 x 96 pixels.
+    """
+
+    median_area: float
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    sampled: int
+    small_share: float
+
+
+def summarize_sizes(part: Part, *, small_area: int, seed: int) -> SizeSummary:
+    """Reads the headers of at most 1,000 pictures of a part.
+
+    Raises:
+        DataError: one of them is not a picture.
+    """
+    indices = range(len(part))
+    if len(part) > SIZE_SAMPLE:
+        indices = np.sort(generator(seed, Purpose.SIZE_SAMPLE).permutation(len(part))[:SIZE_SAMPLE]).tolist()
+    sizes = []
+    for start in range(0, len(indices), 100):
+        chunk = list(indices[start : start + 100])
+        for index, encoded in zip(chunk, part.encoded(chunk), strict=True):
+            try:
+                with open_encoded(encoded) as image:
+                    sizes.append(image.size)
+            except Exception as error:  # decoders raise whatever they like on broken files
+                raise DataError(
+                    f"{part.where(index, encoded)} can not be opened as a picture ({type(error).__name__}: {error}). "
+                    "Mend or remove the file."
+                ) from error
+    areas = [width * height for width, height in sizes]
+    return SizeSummary(
+        median_area=float(np.median(areas)),
+        smallest=sizes[int(np.argmin(areas))],
+        largest=sizes[int(np.argmax(areas))],
+        sampled=len(sizes),
+        small_share=sum(area < small_area for area in areas) / len(areas),
+    )
+
+
+Batch = tuple[npt.NDArray[np.uint8], Labels]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingStream:
+    """All training examples of a run, laid end to end: a map-style data set whose index is the position in the run.
+
+    What stands at a position (row, crop, flip) is a function of the seed and the position alone.
+    """
+
+    part: Part
+    view: View
+    seed: int
+
+    def row(self, position: int) -> int:
+        """Index into the part of the example at a position."""
+        return row_at(position, seed=self.seed, num_examples=len(self.part))
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Where the examples at some positions are found: the file, or the row of the split."""
+        indices = [self.row(position) for position in positions]
+        return [self.part.where(i, encoded) for i, encoded in zip(indices, self.part.encoded(indices), strict=True)]
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+        """Pictures (N, 3, crop, crop) and labels (N,) at some positions; a broken picture comes back as the error to raise.
+
+        (An exception raised in a worker process would reach the user wrapped in a traceback of that process.)
+        """
+        indices = [self.row(position) for position in positions]
+        images = []
+        try:
+            for position, index, encoded in zip(positions, indices, self.part.encoded(indices), strict=True):
+                picture = decode(encoded, where=self.part.where(index, encoded))
+                images.append(self.view.train(picture, seed=self.seed, position=position))
+        except DataError as error:
+            return error
+        return np.stack(images), self.part.labels[indices]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationView:
+    """The examples of a part as they are scored: resized straight to the crop's edge, in order."""
+
+    part: Part
+    view: View
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch | DataError:
+        """Pictures (N, 3, crop, crop) and labels (N,); a broken picture comes back as the error to raise."""
+        try:
+            images = [
+                self.view.evaluate(decode(encoded, where=self.part.where(index, encoded)))
+                for index, encoded in zip(indices, self.part.encoded(indices), strict=True)
+            ]
+        except DataError as error:
+            return error
+        return np.stack(images), self.part.labels[list(indices)]

@@ -1,0 +1,122 @@
+"""What do the launcher and the machine say, before torch is asked?
+
+`accelerate launch` and torchrun speak through environment variables. Whatever of them would change a run is read here, shown in
+the plan, and refused where it contradicts what was asked.
+"""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from bit_mixup.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+_PACKAGES = (
+    "bit_mixup",
+    "torch",
+    "timm",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "torchmetrics",
+    "pillow",
+    "numpy",
+)
+_TRUE = {"1", "true", "yes", "on", "y", "t"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What a run finds around itself.
+
+    Args:
+        num_processes: that share the run.
+        precision: of the forward and backward pass.
+        precision_from: who decided it.
+        threads: of torch in each process, for work on the CPU.
+        notes: what the launcher has set and how it is met.
+    """
+
+    num_processes: int
+    precision: Precision
+    precision_from: str
+    threads: int
+    notes: tuple[str, ...]
+
+
+def read_environment(
+    *, precision: Precision | None, threads: int | None, variables: Mapping[str, str] | None = None
+) -> Environment:
+    """Reads the launcher's variables.
+
+    Args:
+        precision: as asked; None leaves it to Accelerate's configuration.
+        threads: as asked; None gives each process an equal share of the cores that this process may use. What
+            OMP_NUM_THREADS says is not followed: launchers set it differently, and the number of threads shows in the last bits.
+        variables: in place of os.environ.
+
+    Raises:
+        ConfigError: something is set that contradicts what was asked, or that would change the result silently.
+    """
+    variables = os.environ if variables is None else variables
+    launched = variables.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in _PRECISIONS:
+        raise ConfigError(
+            f'the Accelerate configuration sets mixed precision "{launched}"; fp32 ("no"), bf16 and fp16 are supported.'
+        )
+    by_launcher = _PRECISIONS[launched]
+    if precision is not None and launched != "no" and precision != by_launcher:
+        raise ConfigError(
+            f"--precision {precision} contradicts the Accelerate configuration, which sets {by_launcher}. Change one of the two."
+        )
+    accumulation = variables.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise ConfigError(
+            f"the Accelerate configuration sets gradient accumulation to {accumulation}. Here it follows from the global batch: "
+            "remove it there and use --micro-batch."
+        )
+    backend = variables.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise ConfigError(
+            f'the Accelerate configuration compiles with "{backend}", which is not supported. Set dynamo_backend to "no".'
+        )
+    for name, what in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM")):
+        if variables.get(f"ACCELERATE_USE_{name}", "false").lower() in _TRUE:
+            raise ConfigError(
+                f"the Accelerate configuration uses {what}, which is not supported. Use DDP (distributed_type MULTI_GPU)."
+            )
+    num_processes = int(variables.get("WORLD_SIZE", "1"))
+    local = int(variables.get("LOCAL_WORLD_SIZE", str(num_processes)))
+    notes = []
+    if "ACCELERATE_MIXED_PRECISION" in variables:
+        notes.append("started by accelerate launch; even_batches and split_batches do not apply, as batches are cut by position")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be at least 1.")
+    return Environment(
+        num_processes=num_processes,
+        precision=precision or by_launcher,
+        precision_from="asked" if precision else ("Accelerate configuration" if launched != "no" else "default"),
+        threads=threads or max(1, available_cores() // local),
+        notes=tuple(notes),
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that have a say in the result; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,45 @@
+"""What can go wrong by the user's hand, as a small tree of exceptions.
+
+BitMixupError
+├── ConfigError      a flag, keyword or configuration value
+├── DataError        a data set, a file or a row in it
+├── WeightsError     a model name or a file of weights
+├── CheckpointError  the folder of a run
+└── NonFiniteError   training met a loss or weight that is not a finite number
+
+Each message names the culprit, says what was expected, and how to mend it. The doors (command line, recipes) print it as one
+line without a traceback and exit with status 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BitMixupError(Exception):
+    """Base of all errors that bit_mixup raises on purpose."""
+
+
+class ConfigError(BitMixupError):
+    """A flag, keyword or configuration value can not be used."""
+
+
+class DataError(BitMixupError):
+    """A data set, or one file or row of it, can not be used."""
+
+
+class WeightsError(BitMixupError):
+    """A model name or file of weights can not be used."""
+
+
+class CheckpointError(BitMixupError):
+    """A run's folder can not be used, or its checkpoint belongs to another configuration."""
+
+
+class NonFiniteError(BitMixupError):
+    """Training met a loss or a weight that is not a finite number."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' (did you mean "x"?)' for the known name nearest to `name`, or an empty string if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f' (did you mean "{matches[0]}"?)' if matches else ""

@@ -1,0 +1,121 @@
+"""How good is a model, in numbers?"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+    multiclass_recall,
+)
+
+from bit_mixup.errors import DataError
+
+NUM_BINS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """Scores on labelled examples; shares are from 0 to 1.
+
+    Args:
+        num_examples: scored.
+        accuracy: share whose largest logit is the label's (top-1).
+        top5_accuracy: share whose label is among the five largest logits; None with five classes or fewer.
+        macro_f1: mean over classes of the harmonic mean of precision and recall, without classes neither present nor predicted.
+        balanced_accuracy: mean recall of the classes that are present.
+        nll: mean negative log-likelihood in nats.
+        expected_calibration_error: over 15 equal bins of confidence (Guo et al., 2017, eq. 3), as torchmetrics computes it.
+        class_accuracy: recall by class name; None for classes without examples.
+        class_support: examples by class name.
+    """
+
+    num_examples: int
+    accuracy: float
+    top5_accuracy: float | None
+    macro_f1: float
+    balanced_accuracy: float
+    nll: float
+    expected_calibration_error: float
+    class_accuracy: dict[str, float | None]
+    class_support: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Names and values of the overall scores, for people."""
+        rows = [("top-1 accuracy", f"{self.accuracy:.2%}")]
+        if self.top5_accuracy is not None:
+            rows.append(("top-5 accuracy", f"{self.top5_accuracy:.2%}"))
+        return [
+            *rows,
+            ("balanced accuracy", f"{self.balanced_accuracy:.2%}"),
+            ("macro F1", f"{self.macro_f1:.4f}"),
+            ("negative log-likelihood", f"{self.nll:.4f}"),
+            (f"calibration error ({NUM_BINS} bins)", f"{self.expected_calibration_error:.4f}"),
+            ("examples", f"{self.num_examples:,}"),
+        ]
+
+    def table(self, *, worst: int | None = None) -> str:
+        """The scores as a Markdown table, with the accuracy of each class (or of the `worst` ones only)."""
+        lines = ["| score | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.summary()), ""]
+        scored = sorted((value, name) for name, value in self.class_accuracy.items() if value is not None)
+        chosen = scored[:worst] if worst is not None else [(self.class_accuracy[name], name) for name in self.class_accuracy]
+        title = f"class ({worst} lowest)" if worst is not None and len(scored) > worst else "class"
+        lines += [f"| {title} | accuracy | examples |", "|---|---|---|"]
+        lines += [
+            f"| {_escape(name)} | {'-' if value is None else f'{value:.2%}'} | {self.class_support[name]:,} |"
+            for value, name in chosen
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _escape(name: str) -> str:
+    """A class name that can not break out of its cell."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in name)
+    return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+
+
+def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> EvaluationReport:
+    """Scores logits against labels.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) int64, from 0 to K - 1.
+        class_names: K names.
+
+    Raises:
+        DataError: no examples, or shapes that do not fit.
+    """
+    num_classes = len(class_names)
+    if logits.shape != (len(labels), num_classes) or not len(labels):
+        raise DataError(f"logits {tuple(logits.shape)}, {len(labels)} labels and {num_classes} class names do not fit together.")
+    logits = logits.double()
+    probs = logits.softmax(dim=1)
+    support = torch.bincount(labels, minlength=num_classes).tolist()
+    recalls = multiclass_recall(logits, labels, num_classes=num_classes, average="none").tolist()
+    present = [recall for recall, count in zip(recalls, support, strict=True) if count]
+    top5 = None
+    if num_classes > 5:
+        top5 = float(multiclass_accuracy(logits, labels, num_classes=num_classes, top_k=5, average="micro"))
+    return EvaluationReport(
+        num_examples=len(labels),
+        accuracy=float(multiclass_accuracy(logits, labels, num_classes=num_classes, average="micro")),
+        top5_accuracy=top5,
+        macro_f1=float(multiclass_f1_score(logits, labels, num_classes=num_classes, average="macro")),
+        balanced_accuracy=math.fsum(present) / len(present),
+        nll=float(F.cross_entropy(logits, labels)),
+        expected_calibration_error=float(
+            multiclass_calibration_error(probs, labels, num_classes=num_classes, n_bins=NUM_BINS, norm="l1")
+        ),
+        class_accuracy={name: recalls[i] if support[i] else None for i, name in enumerate(class_names)},
+        class_support={name: support[i] for i, name in enumerate(class_names)},
+    )

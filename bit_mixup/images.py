@@ -1,0 +1,130 @@
+"""How does an encoded picture become the square of bytes that a model is shown?
+
+One picture at a time, in PIL and NumPy, without torch: decoding any mode to RGB, and BiT's two views of it. Normalisation
+happens later, on the device and in batches (`bit_mixup.models.normalize`).
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from bit_mixup.errors import DataError
+from bit_mixup.sampling import Purpose, generator
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+Bytes3d = npt.NDArray[np.uint8]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB, upright.
+
+    EXIF orientation is applied; transparency is composited on white; 16-bit grey is scaled to 8 bits, not clipped; palettes,
+    grey, CMYK and the like are converted.
+
+    Raises:
+        DataError: a mode whose range is unknown (floating point, 32-bit integers above 65,535).
+    """
+    image = _upright(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        image = _scale_16_bits(image)
+    elif image.mode == "F":
+        raise DataError("the picture holds floating-point values, whose range is unknown. Save it with 8 or 16 bits.")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        opaque = image.convert("RGBA")
+        white = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(white, opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return image  # the EXIF block is broken, the pixels need not be
+
+
+def _scale_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65_535:
+        raise DataError(f"the picture holds values from {values.min()} to {values.max()}; 8 or 16 bits were expected.")
+    return Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8))
+
+
+def open_encoded(encoded: dict[str, Any]) -> Image.Image:
+    """Opens a picture as the `datasets` library stores it, {"bytes": ..., "path": ...}; only its header is read."""
+    if encoded.get("bytes") is not None:
+        return Image.open(io.BytesIO(encoded["bytes"]))
+    return Image.open(Path(encoded["path"]))
+
+
+def decode(encoded: dict[str, Any], *, where: str) -> Image.Image:
+    """Decodes a picture to RGB.
+
+    Raises:
+        DataError: it can not be decoded; the message starts with `where`.
+    """
+    try:
+        with open_encoded(encoded) as image:
+            return to_rgb(image)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except Exception as error:  # decoders raise whatever they like on broken files
+        raise DataError(
+            f"{where} can not be decoded as a picture ({type(error).__name__}: {error}). Mend or remove the file."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How pictures are resized: BiT squashes them to a square, whatever their aspect ratio.
+
+    Args:
+        resize_size: edge in pixels that training pictures are resized to.
+        crop_size: edge in pixels of the random training crop, and of the evaluation picture.
+        flip: whether half of the training pictures are mirrored.
+        interpolation: "bilinear" or "bicubic" as the pretrained model wants it; PIL's, with antialiasing.
+    """
+
+    resize_size: int
+    crop_size: int
+    flip: bool
+    interpolation: str
+
+    def train(self, image: Image.Image, *, seed: int, position: int) -> Bytes3d:
+        """A random crop of the resized picture, perhaps mirrored, (3, crop, crop); drawn from the seed and the position."""
+        resized = self._squash(image, self.resize_size)
+        left, top, mirror = self.draws(seed=seed, position=position)
+        pixels = np.asarray(resized)[top : top + self.crop_size, left : left + self.crop_size]
+        return _channels_first(pixels[:, ::-1] if mirror else pixels)
+
+    def draws(self, *, seed: int, position: int) -> tuple[int, int, bool]:
+        """Left and top edge of the crop in pixels, and whether to mirror."""
+        numbers = generator(seed, Purpose.CROP_AND_FLIP, position)
+        left, top = numbers.integers(0, self.resize_size - self.crop_size + 1, size=2)
+        return int(left), int(top), bool(numbers.integers(2)) and self.flip
+
+    def evaluate(self, image: Image.Image) -> Bytes3d:
+        """The whole picture resized straight to the crop's edge, (3, crop, crop)."""
+        return _channels_first(np.asarray(self._squash(image, self.crop_size)))
+
+    def _squash(self, image: Image.Image, edge: int) -> Image.Image:
+        return image.resize((edge, edge), _RESAMPLING[self.interpolation])
+
+
+def _channels_first(pixels: npt.NDArray[np.uint8]) -> Bytes3d:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,115 @@
+"""How are examples mixed?
+
+mixup (Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018, eq. 1): train on
+lam * x_i + (1 - lam) * x_j with the target lam * y_i + (1 - lam) * y_j, lam ~ Beta(alpha, alpha). As in BiT's code lam is not
+folded to one half and is drawn once for a whole optimizer step.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bit_mixup.errors import ConfigError
+from bit_mixup.hyperrule import LamLaw
+from bit_mixup.sampling import Purpose, generator
+
+
+def draw_lam(alpha: float, *, seed: int, index: int) -> float:
+    """One mixing weight in [0, 1] from Beta(alpha, alpha): a pure function of the seed and of a step or position.
+
+    alpha 0 gives 1 (nothing is mixed), alpha infinity gives one half.
+    """
+    if alpha == 0:
+        return 1.0
+    if math.isinf(alpha):
+        return 0.5
+    return float(generator(seed, Purpose.LAM, index).beta(alpha, alpha))
+
+
+def choose_partners(start: int, groups: Sequence[int], *, seed: int) -> Tensor:
+    """For each example of some consecutive groups the index of its partner, (N,) int64, counted from the first example.
+
+    Each group is closed into one random cycle, and an example's partner is its successor: never itself, each example is the
+    partner of exactly one, and each of the others is equally likely.
+
+    Args:
+        start: position of the first example in the run.
+        groups: sizes of the groups, 2 or more each.
+        seed: of the run.
+    """
+    partners = torch.empty(sum(groups), dtype=torch.int64)
+    offset = 0
+    for size in groups:
+        cycle = torch.from_numpy(generator(seed, Purpose.PARTNER, start + offset).permutation(size))
+        partners[offset + cycle] = offset + cycle.roll(-1)
+        offset += size
+    return partners
+
+
+def mix(images: Tensor, targets: Tensor, lam: float | Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
+    """Convex combinations of examples with their partners.
+
+    Args:
+        images: (N, C, H, W) float.
+        targets: (N, K) float, rows that sum to 1.
+        lam: the weight of the example itself, a number or (N,) in [0, 1].
+        partners: (N,) int64, index of each example's partner.
+
+    Returns:
+        Mixed images and targets, of the shapes given. The arguments are left as they are.
+    """
+    weight = lam if isinstance(lam, float) else lam.to(images).view(-1, 1, 1, 1)
+    target_weight = lam if isinstance(lam, float) else lam.to(targets).view(-1, 1)
+    return (
+        images * weight + images[partners] * (1 - weight),
+        targets * target_weight + targets[partners] * (1 - target_weight),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixup:
+    """The law by which a training step mixes: a function of images, targets and their place in the run.
+
+    Args:
+        alpha: both parameters of the Beta distribution of lam, from 0 (off) to infinity (always one half).
+        lam: "step" draws one weight for all examples of an optimizer step, in all micro-batches and processes, as BiT does;
+            "example" draws one for each position.
+
+    Raises:
+        ConfigError: a negative alpha or an unknown law.
+    """
+
+    alpha: float
+    lam: LamLaw = "step"
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.alpha) or self.alpha < 0:
+            raise ConfigError(f"mixup's alpha is {self.alpha}; it must be 0 (off) or positive.")
+        if self.lam not in ("step", "example"):
+            raise ConfigError(f'mixup_lam is "{self.lam}"; it must be "step" or "example".')
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, *, seed: int, step: int, start: int, groups: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Mixes a micro-batch of whole groups.
+
+        Args:
+            images: (N, C, H, W) float.
+            targets: (N, K) float.
+            seed: of the run.
+            step: the optimizer step.
+            start: position of the first example in the run.
+            groups: sizes of the groups that the micro-batch holds; they sum to N.
+        """
+        if self.alpha == 0:
+            return images, targets
+        lam: float | Tensor
+        if self.lam == "step":
+            lam = draw_lam(self.alpha, seed=seed, index=step)
+        else:
+            draws = [draw_lam(self.alpha, seed=seed, index=start + offset) for offset in range(len(images))]
+            lam = torch.tensor(draws, dtype=torch.float64, device=images.device)
+        return mix(images, targets, lam, choose_partners(start, groups, seed=seed).to(images.device))

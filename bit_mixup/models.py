@@ -1,0 +1,218 @@
+"""How does a pretrained BiT get into memory, with a head for the new task, and out again?
+
+timm builds the networks; this file fills them, strictly: nothing is left at random and no head is kept or lost unasked.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.layers.std_conv import StdConv2d
+from timm.models import save_for_hf
+from timm.models.resnetv2 import ResNetV2
+from torch import Tensor
+
+from bit_mixup.errors import WeightsError
+from bit_mixup.images import View
+from bit_mixup.weights import Weights, fetch, find_weights, read_npz
+
+logger = logging.getLogger(__name__)
+
+TIMM_STD_EPS = 1e-8
+REFERENCE_STD_EPS = 1e-10
+_HEAD = "head.fc."
+
+
+def load_bit(
+    name_or_path: str,
+    *,
+    num_classes: int | None = None,
+    keep_head: bool = False,
+    std_eps: float | None = None,
+    revision: str | None = None,
+) -> ResNetV2:
+    """Loads a pretrained BiT; downloads it from the hub if need be.
+
+    Args:
+        name_or_path: see `bit_mixup.find_weights`.
+        num_classes: outputs of a new head, which is exactly zero as in the paper. Leave it out only with `keep_head`.
+        keep_head: keep the head of the file instead.
+        std_eps: added to the variance in weight standardisation. None: what the file says, else 1e-8 as in timm, whose published
+            accuracies were measured so; the authors' code has 1e-10.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        WeightsError: see `bit_mixup.find_weights`; or a tensor is missing, unknown or of a wrong shape.
+    """
+    weights = fetch(find_weights(name_or_path), revision=revision)
+    return build_bit(weights, num_classes=num_classes, keep_head=keep_head, std_eps=std_eps)
+
+
+def build_bit(
+    weights: Weights, *, num_classes: int | None = None, keep_head: bool = False, std_eps: float | None = None
+) -> ResNetV2:
+    """Builds the network of a file that is on this machine; arguments and errors as `load_bit`."""
+    tensors = _read_tensors(weights)
+    head_classes = len(tensors[f"{_HEAD}weight"]) if f"{_HEAD}weight" in tensors else None
+    if keep_head:
+        if head_classes is None:
+            raise WeightsError(f"{weights.file} has no head to keep. Give num_classes for a new one.")
+        if num_classes not in (None, head_classes):
+            raise WeightsError(
+                f"{weights.file} has a head of {head_classes} classes, but {num_classes} are asked for together with keep_head. "
+                "Leave out one of the two."
+            )
+        num_classes = head_classes
+    elif num_classes is None:
+        raise WeightsError("num_classes is needed for the new head (or keep_head to keep the file's).")
+    elif num_classes < 1:
+        raise WeightsError(f"num_classes is {num_classes}; it must be at least 1.")
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
+        if head_classes:
+            logger.info("the upstream head of %s classes is left out; the new head of %s is zero", head_classes, num_classes)
+    full_name = weights.name if weights.name.startswith(f"{weights.architecture}.") else weights.architecture
+    cfg = dict(weights.pretrained_cfg)
+    if full_name in timm.list_pretrained("resnetv2_*_bit*"):
+        published = timm.get_pretrained_cfg(full_name)
+        assert published is not None
+        cfg = {**published.to_dict(), **cfg}
+    try:
+        model = timm.create_model(
+            weights.architecture, pretrained=False, num_classes=num_classes, pretrained_cfg=cfg, **weights.model_args
+        )
+    except TypeError as error:
+        raise WeightsError(
+            f"{weights.file}: timm can not build {weights.architecture} with {weights.model_args}: {error}"
+        ) from error
+    _fill(model, tensors, weights, keep_head=keep_head)
+    set_std_eps(model, std_eps if std_eps is not None else weights.std_eps or TIMM_STD_EPS)
+    assert isinstance(model, ResNetV2)
+    return model
+
+
+def _read_tensors(weights: Weights) -> dict[str, Tensor]:
+    assert weights.file is not None, "fetch() comes first"
+    if weights.file.suffix == ".npz":
+        return {name: torch.from_numpy(array) for name, array in read_npz(weights.file).items()}
+    try:
+        return safetensors.torch.load_file(weights.file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{weights.file} is not a whole safetensors file: {error}. Fetch it again.") from error
+
+
+def _fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], weights: Weights, *, keep_head: bool) -> None:
+    """Copies every tensor into the network and zeroes a new head; all names and shapes must match."""
+    wanted = model.state_dict()
+    body = [name for name in wanted if keep_head or not name.startswith(_HEAD)]
+    missing = [name for name in body if name not in tensors]
+    unknown = [name for name in tensors if name not in wanted]
+    if missing or unknown:
+        parts = [f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                 for kind, names in (("lacks", missing), ("has the unknown", unknown)) if names]  # fmt: skip
+        raise WeightsError(f"{weights.file} does not fit {weights.architecture}: it {' and '.join(parts)}.")
+    for name in body:
+        if tensors[name].shape != wanted[name].shape:
+            raise WeightsError(
+                f"{weights.file}: {name} has the shape {tuple(tensors[name].shape)}, but {weights.architecture} needs "
+                f"{tuple(wanted[name].shape)}."
+            )
+    head = {} if keep_head else {name: torch.zeros_like(value) for name, value in wanted.items() if name.startswith(_HEAD)}
+    model.load_state_dict({**{name: tensors[name] for name in body}, **head})
+
+
+def set_std_eps(model: torch.nn.Module, std_eps: float) -> None:
+    """Sets what weight standardisation adds to the variance of each filter, in place."""
+    for module in model.modules():
+        if isinstance(module, StdConv2d):
+            module.eps = std_eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StdEpsEffect:
+    """What the choice of `std_eps` does to a model.
+
+    Args:
+        smallest_variance: over all filters.
+        relative_change: largest change of a logit between 1e-8 and 1e-10, as a share of the largest logit, on two seeded random
+            images (of a pooled feature, where the head is zero and all logits with it).
+        of: "logits" or "features".
+    """
+
+    smallest_variance: float
+    relative_change: float
+    of: str
+
+
+@torch.no_grad()
+def std_eps_effect(model: ResNetV2) -> StdEpsEffect:
+    """Measures `StdEpsEffect`; the model is left as it was."""
+    filters = [module for module in model.modules() if isinstance(module, StdConv2d)]
+    variance = min(float(f.weight.flatten(1).var(dim=1, unbiased=False).min()) for f in filters)
+    weight = next(model.parameters())
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(weight)
+    kept, training = filters[0].eps, model.training
+    model.eval()
+    has_head = any(bool(p.any()) for p in model.get_classifier().parameters())
+    outputs = []
+    for eps in (TIMM_STD_EPS, REFERENCE_STD_EPS):
+        set_std_eps(model, eps)
+        features = model.forward_features(images)
+        outputs.append(model.forward_head(features, pre_logits=not has_head))
+    set_std_eps(model, kept)
+    model.train(training)
+    change = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+    return StdEpsEffect(smallest_variance=variance, relative_change=float(change), of="logits" if has_head else "features")
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Turns bytes into the floats that a model expects; on the device, in batches.
+
+    Args:
+        mean: of the three channels, for values in [0, 1].
+        std: of the three channels.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: ResNetV2) -> "Normalize":
+        """As the model's pretrained configuration says."""
+        cfg: Any = model.pretrained_cfg
+        return cls(tuple(cfg["mean"]), tuple(cfg["std"]))
+
+    def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, 3, H, W) uint8 as (N, 3, H, W) of `dtype`, by the same operations as torchvision's ToTensor and Normalize."""
+        mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images.to(dtype).div_(255).sub_(mean).div_(std)
+
+
+def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], view: View, std_eps: float) -> None:
+    """Writes a model in timm's hub layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+
+    Args:
+        model: on any device, not wrapped.
+        folder: where `model.safetensors` and `config.json` are written.
+        label_names: of the classes, in the order of the logits.
+        view: how its pictures are resized; recorded as timm's squash to the crop's edge.
+        std_eps: recorded for `load_bit`; timm itself always takes 1e-8.
+    """
+    normalize = Normalize.of(model)
+    data_config: dict[str, Any] = {
+        "input_size": (3, view.crop_size, view.crop_size),
+        "interpolation": view.interpolation,
+        "mean": normalize.mean,
+        "std": normalize.std,
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
+    model_config = {"num_classes": len(label_names), "label_names": list(label_names), "std_eps": std_eps}
+    save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)

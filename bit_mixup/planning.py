@@ -1,0 +1,247 @@
+"""What will a run do, and why? Answered before it starts, without torch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bit_mixup.catalog import PUBLISHED
+from bit_mixup.config import Resolution, TransferConfig, resolve
+from bit_mixup.data import ImageDataset, SizeSummary, load_image_dataset, summarize_sizes
+from bit_mixup.environment import Environment, read_environment
+from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_AREA, rate_table, size_class
+from bit_mixup.images import View
+from bit_mixup.runs import RunFolder, default_folder
+from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch
+from bit_mixup.weights import BUNDLED_FOLDER, Weights, find_weights, size_text
+
+ACTIVATION_BUDGET = 6 * 1024**3  # bytes of saved activations that a micro-batch may take unless asked otherwise
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """All decisions of a run.
+
+    Args:
+        config: what was asked.
+        data: what is trained and scored on.
+        sizes: of its pictures.
+        weights: what is transferred.
+        resolution: the numbers, and where they come from.
+        environment: launcher and machine.
+        cuts: for each process its micro-batches of a global batch.
+        run: where files go.
+    """
+
+    config: TransferConfig
+    data: ImageDataset
+    sizes: SizeSummary
+    weights: Weights
+    resolution: Resolution
+    environment: Environment
+    cuts: list[list[MicroBatch]]
+    run: RunFolder
+
+    @property
+    def view(self) -> View:
+        """How pictures are resized."""
+        hyper = self.resolution.hyper
+        return View(
+            resize_size=hyper.resize_size,
+            crop_size=hyper.crop_size,
+            flip=self.config.flip,
+            interpolation=self.weights.interpolation,
+        )
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Examples of the largest backward pass of any process."""
+        return max(cut.size for cuts in self.cuts for cut in cuts)
+
+    def memory_bytes(self) -> int:
+        """Estimate for each process: weights, gradients, momentum and standardised weights, and saved activations."""
+        parameters = 4 * self.weights.shape.parameter_count(self.data.num_classes)
+        copies = 5 if self.environment.num_processes > 1 else 4  # DDP's buckets are one more
+        half = 1 if self.environment.precision == "fp32" else 2
+        activations = self.weights.shape.activation_bytes(self.resolution.hyper.crop_size) // half
+        return copies * parameters + activations * self.largest_micro_batch
+
+    def resolved(self) -> dict[str, Any]:
+        """What has a say in the result, as plain values."""
+        hyper = {name: str(value) if value == float("inf") else value for name, value in asdict(self.resolution.hyper).items()}
+        return {
+            "hyper": hyper,
+            "reasons": self.resolution.reasons,
+            "flip": self.config.flip,
+            "interpolation": self.weights.interpolation,
+            "precision": self.environment.precision,
+            "data": {
+                "name": self.data.name,
+                "revision": self.data.revision,
+                "fingerprint": self.data.fingerprint,
+                "image_column": self.data.image_column,
+                "label_column": self.data.label_column,
+                "train_examples": len(self.data.train),
+                "test_examples": len(self.data.test),
+                "validation_examples": len(self.data.validation) if self.data.validation else 0,
+                "class_names": list(self.data.class_names),
+            },
+            "weights": {"name": self.weights.name, "architecture": self.weights.architecture, "revision": self.weights.revision},
+        }
+
+    def sections(self) -> list[tuple[str, list[str]]]:
+        """The plan for people: headings, and lines under each."""
+        return [
+            ("data", self._data_lines()),
+            ("weights", self._weight_lines()),
+            ("rule", self._rule_lines()),
+            ("mixup", self._mixup_lines()),
+            ("batch", self._batch_lines()),
+            ("machine", self._machine_lines()),
+            ("writes", [f"{self.run.path}/"]),
+        ]
+
+    def text(self) -> str:
+        """The plan as it is printed."""
+        lines = []
+        for heading, entries in self.sections():
+            lines += [f"{heading if index == 0 else '':<9} {entry}" for index, entry in enumerate(entries)]
+        return "\n".join(lines)
+
+    def _mark(self, name: str) -> str:
+        """What an overridden value's line says of the rule's."""
+        if name not in self.resolution.reasons:
+            return ""
+        return f" [{self.resolution.reasons[name]}; the rule: {getattr(self.resolution.rule, name)}]"
+
+    def _data_lines(self) -> list[str]:
+        data, sizes = self.data, self.sizes
+        counts = f"{len(data.train):,} training and {len(data.test):,} test examples, {data.num_classes} classes"
+        small = sizes.median_area < SMALL_IMAGE_AREA
+        other = 1 - sizes.small_share if small else sizes.small_share
+        looked = f"{sizes.sampled:,} pictures" + (" (a seeded sample)" if sizes.sampled < len(data.train) else "")
+        return [
+            f"{data.name}" + (f" @ {data.revision}" if data.revision else "") + f": {counts}",
+            *data.notes,
+            f"{looked}: median area {sizes.median_area:,.0f} px, from {sizes.smallest[0]}x{sizes.smallest[1]} to "
+            f"{sizes.largest[0]}x{sizes.largest[1]}; {other:.0%} on the other side of 96x96",
+        ]
+
+    def _weight_lines(self) -> list[str]:
+        weights = self.weights
+        body, head = weights.shape.parameter_count(), self.data.num_classes * (weights.shape.num_features + 1)
+        line = f"{weights.name}: {size_text(body, '')} parameters and a new head of {size_text(head, '')}, zero"
+        if weights.file is None and weights.name in PUBLISHED:
+            size = size_text(PUBLISHED[weights.name].download_bytes)
+            source = f"download of {size} from the hub (timm/{weights.name}), unless cached"
+        elif weights.revision:
+            source = f"from the hub @ {weights.revision}"
+        elif weights.file is not None and weights.file.parent == BUNDLED_FOLDER:
+            source = f"in the package ({size_text(weights.file.stat().st_size)}), nothing to download"
+        else:
+            source = f"{weights.file}" if weights.file else f"from the hub ({weights.name})"
+        return [line, source]
+
+    def _rule_lines(self) -> list[str]:
+        hyper, config = self.resolution.hyper, self.config
+        size = size_class(len(self.data.train))
+        limits = {"small": f"below {SMALL:,}", "medium": f"{SMALL:,} to {MEDIUM - 1:,}", "large": f"{MEDIUM:,} or more"}
+        rates = [
+            f"steps {first}-{last}: {start:.4g}" + (f" rising to {end:.4g}" if end > start else "")
+            for first, last, start, end in rate_table(hyper)
+        ]
+        small = self.sizes.median_area < SMALL_IMAGE_AREA
+        flip = "mirrored half of the time" if config.flip else "never mirrored [--no-flip; the rule: half of the time]"
+        return [
+            f'preset "{config.preset}", data set "{size}" ({limits[size]} training examples), '
+            f"pictures {'below 96x96' if small else 'of 96x96 or more'}",
+            f"{hyper.steps:,} steps{self._mark('steps')} of SGD, momentum {hyper.momentum}{self._mark('momentum')}"
+            + (f", weight decay {hyper.weight_decay}{self._mark('weight_decay')}" if hyper.weight_decay else ""),
+            f"rate {'; '.join(rates)}",
+            *(
+                f"{what} {getattr(hyper, name)}{self._mark(name)}"
+                for name, what in (("base_lr", "base rate"), ("warmup_steps", "warm-up steps"), ("decay_steps", "decays after"))
+                if name in self.resolution.reasons
+            ),
+            f"pictures resized to {hyper.resize_size}x{hyper.resize_size}{self._mark('resize_size')}, cropped to "
+            f"{hyper.crop_size}x{hyper.crop_size}{self._mark('crop_size')}, {flip}; {self.weights.interpolation}",
+        ]
+
+    def _mixup_lines(self) -> list[str]:
+        alpha = self.resolution.hyper.mixup_alpha
+        if alpha:
+            drawn = "each step" if self.config.mixup_lam == "step" else "each example"
+            return [f"alpha {alpha}{self._mark('mixup_alpha')}, one weight for {drawn}, partners within groups of {GROUP_SIZE}"]
+        if "mixup_alpha" in self.resolution.reasons:
+            return [f"off{self._mark('mixup_alpha')}"]
+        return [f"off: the rule mixes from {SMALL:,} training examples on. Turn it on with --mixup-alpha {RULE_MIXUP_ALPHA}"]
+
+    def _batch_lines(self) -> list[str]:
+        hyper, processes, passes = self.resolution.hyper, self.environment.num_processes, len(self.cuts[0])
+        epochs = hyper.steps * hyper.batch_size / len(self.data.train)
+        return [
+            f"{hyper.batch_size} examples a step{self._mark('batch_size')} = {processes} process(es) x {passes} micro-batch(es) "
+            f"of up to {self.largest_micro_batch}; {epochs:.3g} passes over the training set",
+        ]
+
+    def _machine_lines(self) -> list[str]:
+        env = self.environment
+        return [
+            f"{env.precision} ({env.precision_from}), {env.threads} thread(s) on the CPU, "
+            f"about {size_text(self.memory_bytes())} of memory for each process beside the libraries",
+            *env.notes,
+        ]
+
+
+def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int | None = None) -> Plan:
+    """Opens the data, finds the weights (without downloading published ones) and decides everything.
+
+    Args:
+        config: what is asked.
+        source: an in-memory data set, in place of `config.dataset`.
+        num_processes: to plan for, in place of those that the launcher has started.
+
+    Raises:
+        BitMixupError: something can not be used; nothing has been written.
+    """
+    environment = read_environment(precision=config.precision, threads=config.threads)
+    if num_processes is not None:
+        environment = Environment(**{**vars(environment), "num_processes": num_processes})
+    weights = find_weights(config.model)
+    run = RunFolder(config.output_dir or default_folder(config.dataset, weights.short_name, config.seed))
+    run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
+    data = load_image_dataset(
+        config.dataset if source is None else source,
+        config=config.dataset_config,
+        revision=config.dataset_revision,
+        train_split=config.train_split,
+        test_split=config.test_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        examples_per_class=config.examples_per_class,
+        few_shot_seed=config.few_shot_seed,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+    )
+    sizes = summarize_sizes(data.train, small_area=SMALL_IMAGE_AREA, seed=config.seed)
+    resolution = resolve(config, num_examples=len(data.train), image_area=sizes.median_area, weights=weights)
+    cuts = _cut(config, resolution, weights, environment.num_processes)
+    return Plan(
+        config=config,
+        data=data,
+        sizes=sizes,
+        weights=weights,
+        resolution=resolution,
+        environment=environment,
+        cuts=cuts,
+        run=run,
+    )
+
+
+def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_processes: int) -> list[list[MicroBatch]]:
+    hyper = resolution.hyper
+    group_size = GROUP_SIZE if hyper.mixup_alpha else 1
+    micro_batch = config.micro_batch
+    if micro_batch is None:
+        # A function of model and resolution alone, never of the memory that happens to be free: rounding depends on the cut.
+        fitting = ACTIVATION_BUDGET // weights.shape.activation_bytes(hyper.crop_size)
+        micro_batch = max(fitting // GROUP_SIZE * GROUP_SIZE, GROUP_SIZE + 1 if hyper.mixup_alpha else 1)
+    return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=group_size)

@@ -1,0 +1,153 @@
+"""What is in a run's folder, and may this run use it?
+
+config.json   what was asked          plan.json      what that resolved to
+metrics.jsonl a line for each step    checkpoints/   whole or absent
+model/        timm's hub layout       report.json, report.md
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bit_mixup.errors import CheckpointError
+from bit_mixup.storage import read_json, remove_leftovers, write_json, write_text
+
+# What may differ between the start of a run and its resumption: it has no say in what is computed (beyond rounding).
+FREE_ON_RESUME = frozenset(
+    {"resume", "overwrite", "output_dir", "num_workers", "threads", "micro_batch", "log_every", "save_every",
+     "keep_checkpoints", "tracker"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places of a run's files.
+
+    Args:
+        path: of the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps stands."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def list_checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first. What has been renamed to its place is whole."""
+        return sorted(self.checkpoints.glob("step_*"), key=lambda path: (len(path.name), path.name))
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.path / "nonfinite.json"
+
+    def check(self, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Sees whether a run may write here; changes nothing.
+
+        Raises:
+            CheckpointError: there is a run already and neither flag is given, both are, or that run asked for something else.
+        """
+        if resume and overwrite:
+            raise CheckpointError("resume and overwrite contradict each other: go on with the run, or start it anew?")
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file; output_dir must be a folder.")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} is not empty and holds no run (no config.json). Choose another output_dir.")
+        if resume:
+            self.compare("config.json", read_json(self.config), asked)
+        elif not overwrite:
+            raise CheckpointError(
+                f"{self.path} holds a run already. Go on with --resume, start anew with --overwrite, or choose another "
+                "--output-dir."
+            )
+
+    def compare(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Raises CheckpointError with all differences that would change what is computed."""
+        before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
+        keys = [key for key in {**before, **now} if key not in FREE_ON_RESUME and before.get(key) != now.get(key)]
+        if keys:
+            differences = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+            raise CheckpointError(
+                f"the run in {self.path} was started with another configuration ({name}):\n{differences}\n"
+                "Resume with the values of then, or choose another --output-dir."
+            )
+
+    def open(self, asked: dict[str, Any], *, overwrite: bool) -> None:
+        """Makes the folder ready to be written to. `check` comes first."""
+        if overwrite and self.config.is_file():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        remove_leftovers(self.checkpoints)
+        write_json(self.config, asked)
+
+    def settle(self, resolved: dict[str, Any]) -> None:
+        """Writes what the request resolved to; where a checkpoint waits, first sees that it is the same as then.
+
+        Raises:
+            CheckpointError: data, weights or rule resolve to something else than when the run was started.
+        """
+        if self.plan.is_file() and self.list_checkpoints():
+            self.compare("plan.json", read_json(self.plan)["resolved"], resolved["resolved"])
+        write_json(self.plan, resolved)
+
+    def trim_metrics(self, step: int) -> None:
+        """Forgets the lines of steps from `step` on: they are about to be repeated."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + "\n")
+            except ValueError:
+                break  # the line that an interruption cut short
+        write_text(self.metrics, "".join(kept))
+
+    def add_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Appends a JSON line for each step."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def default_folder(dataset: str, model: str, seed: int) -> Path:
+    """runs/<dataset>-<model>-<seed>"""
+    short = re.sub(r"[^A-Za-z0-9._-]+", "-", dataset.rstrip("/").split("/")[-1])
+    return Path("runs") / f"{short}-{model}-{seed}"

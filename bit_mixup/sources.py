@@ -1,0 +1,201 @@
+"""Where does a data set come from?
+
+One function for each kind of place. All give splits of the `datasets` library whose pictures are not decoded yet; nothing here
+knows which column is which, and torch is not imported.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+
+from bit_mixup.errors import DataError, did_you_mean
+from bit_mixup.images import EXTENSIONS
+
+DIGITS = "digits"
+DIGITS_FOLDER = Path(__file__).parent / "digits"
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+_SPLIT_FOLDERS = ("train", *TEST_SPLITS)
+_DATA_FILES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Splits by name, and where they were found.
+
+    Args:
+        splits: by name.
+        folder: what relative paths in a column of file names count from.
+        revision: commit hash on the hub; None for data of this machine.
+    """
+
+    splits: dict[str, Dataset]
+    folder: Path = field(default_factory=Path)
+    revision: str | None = None
+
+
+def open_source(source: str | Dataset | DatasetDict, *, config: str | None = None, revision: str | None = None) -> Source:
+    """Opens a data set of any kind.
+
+    Args:
+        source: "digits" (in the package); an in-memory data set; a folder of class folders, or of split folders (train, test,
+            ...) of class folders; a csv, tsv, parquet, json or jsonl file, or a folder of them; a folder written by
+            `save_to_disk`; or the id of a data set on the hub.
+        config: of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
+
+    Raises:
+        DataError: there is no such thing, or it can not be read.
+    """
+    if isinstance(source, Dataset):
+        return Source(splits={"train": source})
+    if isinstance(source, DatasetDict):
+        return Source(splits=dict(source))
+    opened = _open_local(source)
+    if opened is None:
+        return _from_hub(source, config=config, revision=revision)
+    for flag, value in (("dataset_config", config), ("dataset_revision", revision)):
+        if value is not None:
+            raise DataError(f'{flag} "{value}" was given, but {source} is data of this machine: leave it out.')
+    return opened
+
+
+def _open_local(name: str) -> Source | None:
+    """The source if the name is one of this machine, else None."""
+    if name == DIGITS:
+        return _read_files("parquet", {split: DIGITS_FOLDER / f"{split}.parquet" for split in ("train", "test")})
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if not path.is_dir():
+        return None
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise DataError(f"{path} looks like a folder of save_to_disk, but can not be read: {error}") from error
+        return Source(splits=dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}, folder=path)
+    return _from_folder(path)
+
+
+def _from_file(path: Path) -> Source:
+    if path.suffix.lower() not in _DATA_FILES:
+        raise DataError(
+            f'{path}: data files end in {", ".join(_DATA_FILES)}, not "{path.suffix}". Unpack archives into class folders.'
+        )
+    return _read_files(_DATA_FILES[path.suffix.lower()], {"train": path})
+
+
+def _from_folder(path: Path) -> Source:
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    split_folders = {entry.name.lower(): entry for entry in folders if entry.name.lower() in _SPLIT_FOLDERS}
+    if "train" in split_folders and any(entry.is_dir() for entry in split_folders["train"].iterdir()):
+        return _from_class_folders(split_folders, path)
+    if folders and any(_pictures(folder) for folder in folders):
+        return _from_class_folders({"train": path}, path)
+    files: dict[str, Path] = {}
+    kinds = set()
+    for file in sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _DATA_FILES):
+        split = next((s for s in _SPLIT_FOLDERS if re.match(rf"{s}([^a-z]|$)", file.stem.lower())), None)
+        if split is None or split in files:
+            raise DataError(
+                f"{file}: in a folder of data files each is named for its split, one each (train.csv, test.csv, ...). "
+                "Give a single file by its own path."
+            )
+        files[split] = file
+        kinds.add(_DATA_FILES[file.suffix.lower()])
+    if "train" in files and len(kinds) == 1:
+        return _read_files(kinds.pop(), files)
+    raise DataError(
+        f"{path} holds neither class folders with pictures, nor split folders (train, test, ...) of them, nor data files "
+        "named train.csv, train.parquet or train.json."
+    )
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+
+
+def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
+    """One class for each folder; their order is that of the training folders' sorted names in all splits.
+
+    The `datasets` library's own image-folder loader is not used: it takes class folders whose name holds "test" or "train" for
+    splits, and drops labels when it meets a metadata file.
+    """
+    names = sorted(entry.name for entry in split_folders["train"].iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    splits = {}
+    for split, folder in split_folders.items():
+        columns: dict[str, list[object]] = {"image": [], "label": []}
+        for entry in sorted(folder.iterdir()):
+            if not entry.is_dir() or entry.name.startswith("."):
+                continue
+            if entry.name not in names:
+                raise DataError(f"{entry} is a class that {split_folders['train']} lacks{did_you_mean(entry.name, names)}.")
+            pictures = _pictures(entry)
+            if not pictures and folder == split_folders["train"]:
+                raise DataError(f"{entry} holds no pictures ({', '.join(sorted(EXTENSIONS))}). Fill it or remove it.")
+            columns["image"] += [{"path": str(file), "bytes": None} for file in pictures]
+            columns["label"] += [names.index(entry.name)] * len(pictures)
+        splits[split] = Dataset.from_dict(columns, features=features)
+    return Source(splits=splits, folder=root)
+
+
+def _read_files(kind: str, files: dict[str, Path]) -> Source:
+    options = {"sep": "\t"} if any(file.suffix.lower() == ".tsv" for file in files.values()) else {}
+    paths = {split: str(file) for split, file in files.items()}
+    read: Callable[..., DatasetDict] = datasets.load_dataset
+    try:
+        splits = _quietly(lambda: read(kind, data_files=paths, **options))
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{', '.join(paths.values())} can not be read as {kind}: {cause}") from error
+    return Source(splits=dict(splits), folder=next(iter(files.values())).parent)
+
+
+def _quietly(read: Callable[[], DatasetDict]) -> DatasetDict:
+    """Reads local files without the progress bars that only downloads deserve."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return read()
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _from_hub(name: str, *, config: str | None, revision: str | None) -> Source:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise DataError(f'data set "{name}": there is no such file or folder, and a hub id looks like user/name.')
+    try:
+        loaded = datasets.load_dataset(name, config, revision=revision)
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+        hint = did_you_mean(name, [DIGITS])
+        raise DataError(
+            f'data set "{name}"{hint}: no such file or folder here, and the hub says: {_first_line(error)}'
+        ) from error
+    except ConnectionError as error:
+        raise DataError(
+            f'data set "{name}": no such file or folder here, it is not in the local cache, and the hub can not be reached '
+            f"({_first_line(error)}). Go online once, or give a local path."
+        ) from error
+    except Exception as error:  # the library raises many kinds
+        raise DataError(f'data set "{name}" can not be loaded: {type(error).__name__}: {_first_line(error)}') from error
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    return Source(splits=splits, revision=_commit(splits))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _commit(splits: dict[str, Dataset]) -> str | None:
+    """The commit that a hub data set was read at: the library names its cache folder so."""
+    for split in splits.values():
+        for file in split.cache_files:
+            if re.fullmatch(r"[0-9a-f]{40}", folder := Path(file["filename"]).parent.name):
+                return folder
+    return None

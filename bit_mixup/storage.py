@@ -1,0 +1,80 @@
+"""How does something reach the disk whole or not at all?
+
+Everything is written beside its place under a temporary name, flushed to the device, and renamed: after a crash at any moment
+the place holds the old content or the new, never a part.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bit_mixup.errors import CheckpointError
+
+TEMPORARY_PREFIX = ".writing-"
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's list of names, are on the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically. Keys keep their order; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        CheckpointError: it is missing or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can not be read as JSON: {error}") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; it takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _flush(file)
+        _flush(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what an interrupted write left in a folder, if there is such a folder."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,184 @@
+"""The loop: how do the weights change?"""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.models.resnetv2 import ResNetV2
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from bit_mixup.checkpoint import restore_checkpoint, save_checkpoint
+from bit_mixup.errors import NonFiniteError
+from bit_mixup.hyperrule import HyperParameters, learning_rate
+from bit_mixup.loading import Stream, load_batches
+from bit_mixup.mixup import Mixup
+from bit_mixup.models import Normalize
+from bit_mixup.runs import RunFolder
+from bit_mixup.sampling import MicroBatch, PositionBatches
+from bit_mixup.storage import write_json
+
+
+def fine_tune(
+    model: ResNetV2,
+    stream: Stream,
+    hyper: HyperParameters,
+    accelerator: Accelerator,
+    *,
+    mixup: Mixup,
+    cuts: Sequence[list[MicroBatch]],
+    run: RunFolder,
+    seed: int = 0,
+    num_workers: int = 0,
+    log_every: int = 10,
+    save_every: int = 100,
+    keep_checkpoints: int = 2,
+) -> ResNetV2:
+    """Fine-tunes all weights of a model by SGD, from the newest checkpoint of the run if there is one.
+
+    The gradient of a step is the mean over the examples of the global batch, whatever the cut into processes and micro-batches.
+
+    Args:
+        model: with its new head.
+        stream: gives the example at each position of the run.
+        hyper: the rule's choice.
+        accelerator: of this process; its own gradient accumulation must be 1.
+        mixup: the law of mixing.
+        cuts: for each process its micro-batches of a global batch (`bit_mixup.sampling.cut_batch`).
+        run: where metrics and checkpoints are written.
+        seed: of mixing.
+        num_workers: processes that decode pictures.
+        log_every: period in steps at which the device is waited for, metrics are written and losses are checked.
+        save_every: period in steps of checkpoints; there is always one at the end.
+        keep_checkpoints: how many of the newest stay.
+
+    Returns:
+        The model given, trained and not wrapped.
+
+    Raises:
+        NonFiniteError: a loss or weight was not finite. No checkpoint holds one.
+    """
+    model.to(accelerator.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
+    first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
+    normalize, dtype, num_classes = Normalize.of(model), next(model.parameters()).dtype, int(model.num_classes)
+    own_cuts, scale = cuts[accelerator.process_index], accelerator.num_processes / hyper.batch_size
+    network, wrapped = accelerator.prepare(model, optimizer)
+    network.train()
+    positions = PositionBatches(own_cuts, batch_size=hyper.batch_size, first_step=first_step, steps=hyper.steps)
+    batches = load_batches(stream, positions, num_workers=num_workers, device=accelerator.device)
+    log = StepLog(accelerator, run, stream, hyper, first_step=first_step)
+    for step in range(first_step, hyper.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, hyper)
+        step_loss = torch.zeros((), device=accelerator.device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for index, cut in enumerate(own_cuts):
+            images, labels = next(batches)
+            targets = F.one_hot(labels, num_classes).to(dtype)
+            start = cut.positions(step, hyper.batch_size).start
+            images, targets = mixup(normalize(images, dtype), targets, seed=seed, step=step, start=start, groups=cut.groups)
+            with nullcontext() if index == len(own_cuts) - 1 else accelerator.no_sync(network):
+                loss = F.cross_entropy(network(images), targets, reduction="sum") * cut.weight
+                accelerator.backward(loss * scale)
+            step_loss += loss.detach() / hyper.batch_size
+        wrapped.step()
+        wrapped.zero_grad()
+        log.add(step, step_loss, get_total_norm(model.parameters()))
+        done = step + 1
+        saving = done % save_every == 0 or done == hyper.steps
+        if saving or done % log_every == 0:
+            log.flush()
+        if saving and accelerator.is_main_process:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+            save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
+    log.close()
+    accelerator.wait_for_everyone()
+    trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+    assert isinstance(trained, ResNetV2)
+    return trained
+
+
+@dataclass
+class StepLog:
+    """Losses that wait on the device until they are asked for, all at once: reading one stops the device.
+
+    Args:
+        accelerator: of this process.
+        run: where metrics are written.
+        stream: names the examples of a bad step.
+        hyper: for rates and batch size.
+        first_step: of this start of the run.
+    """
+
+    accelerator: Accelerator
+    run: RunFolder
+    stream: Stream
+    hyper: HyperParameters
+    first_step: int
+    _waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        main = self.accelerator.is_main_process
+        if main:
+            self.run.trim_metrics(self.first_step)
+        self._bar: tqdm[Any] = tqdm(
+            total=self.hyper.steps, initial=self.first_step, desc="fine-tuning", unit="step", disable=not main, dynamic_ncols=True
+        )
+        self._since = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, weight_norm: Tensor) -> None:
+        """Notes one step: this process's share of the mean loss, and the norm of all weights after the step."""
+        self._waiting.append((step, loss, weight_norm))
+
+    def flush(self) -> None:
+        """Writes what waits, in all processes together.
+
+        Raises:
+            NonFiniteError: a loss or the norm of the weights is not finite, in the first such step.
+        """
+        if not self._waiting:
+            return
+        steps, losses, norms = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        values = self.accelerator.reduce(torch.stack(losses).double(), reduction="sum").tolist()
+        finite_norms = torch.stack(norms).isfinite().tolist()
+        speed = len(steps) * self.hyper.batch_size / (time.perf_counter() - self._since)
+        rows = [
+            {"step": step, "loss": loss, "lr": learning_rate(step, self.hyper), "images_per_second": round(speed, 1)}
+            for step, loss in zip(steps, values, strict=True)
+        ]
+        bad = next((i for i, loss in enumerate(values) if not (abs(loss) < float("inf") and finite_norms[i])), len(rows))
+        if self.accelerator.is_main_process:
+            self.run.add_metrics(rows[:bad])
+            self._bar.set_postfix(
+                loss=f"{values[-1]:.4f}", lr=f"{rows[-1]['lr']:.2g}", images_per_s=f"{speed:.0f}", refresh=False
+            )
+            self._bar.update(bad)
+        for row in rows[:bad]:
+            self.accelerator.log({"loss": row["loss"], "lr": row["lr"]}, step=row["step"])
+        if bad < len(rows):
+            self._stop(steps[bad], values[bad])
+        self._since = time.perf_counter()
+
+    def _stop(self, step: int, loss: float) -> None:
+        first = step * self.hyper.batch_size
+        ids = self.stream.ids(range(first, first + self.hyper.batch_size))
+        if self.accelerator.is_main_process:
+            write_json(self.run.nonfinite, {"step": step, "loss": str(loss), "examples": ids})
+        self.close()
+        what = f"the loss is {loss}" if not abs(loss) < float("inf") else f"a weight is not finite (the loss was {loss:.4g})"
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        raise NonFiniteError(
+            f"step {step}: {what}. Its examples: {shown} (all in {self.run.nonfinite}). No checkpoint holds it. Lower --base-lr "
+            "or look at these pictures; with fp16, try --precision bf16."
+        )
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()

@@ -1,0 +1,322 @@
+"""Which file of weights does a model's name stand for?
+
+Resolution only: names, folders and files become a `Weights` record that says what network to build and from where. No tensor is
+read here and torch is not imported; `bit_mixup.models` builds the network.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bit_mixup.catalog import ARCHITECTURES, PUBLISHED, Architecture, list_bit_models
+from bit_mixup.errors import WeightsError, did_you_mean
+
+BUNDLED = "bundled"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".tar"}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A file of weights and the network it belongs to.
+
+    Args:
+        name: what people call it: `architecture.tag`, or the path.
+        file: where it lies on this machine; None where it has to be downloaded first (`fetch`).
+        architecture: timm's name of the network.
+        shape: the network's shape, with `model_args` taken into account.
+        model_args: timm's further arguments.
+        pretrained_cfg: mean, std, input size and interpolation, as timm keeps them.
+        std_eps: what the file's maker added to the variance in weight standardisation; None if unknown.
+        revision: commit hash on the hub; None for files of this machine.
+    """
+
+    name: str
+    file: Path | None
+    architecture: str
+    shape: Architecture
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    std_eps: float | None = None
+    revision: str | None = None
+
+    @property
+    def input_size(self) -> int:
+        """Edge in pixels of the pictures that the weights were made for."""
+        return int(self.pretrained_cfg.get("input_size", (3, 224, 224))[1])
+
+    @property
+    def interpolation(self) -> str:
+        return str(self.pretrained_cfg.get("interpolation", "bilinear"))
+
+    @property
+    def short_name(self) -> str:
+        """A name fit for a folder."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.name).stem if self.file and "/" in self.name else self.name)
+
+
+def find_weights(name_or_path: str) -> Weights:
+    """What a name stands for, without downloading a published file.
+
+    Args:
+        name_or_path: "bundled"; a published `architecture.tag` (see `bit-mixup models`); a `.safetensors` or original BiT
+            `.npz` file; a folder in timm's hub layout, such as a run's `model/`; or `user/name` of such a folder on the hub.
+
+    Raises:
+        WeightsError: an unknown or ambiguous name, or a file that is missing or of a kind that is not read.
+    """
+    if name_or_path == BUNDLED:
+        return _from_folder(BUNDLED_FOLDER, name=None)
+    if name_or_path in PUBLISHED:
+        model = PUBLISHED[name_or_path]
+        return Weights(
+            name=model.name,
+            file=None,
+            architecture=model.name.split(".")[0],
+            shape=model.architecture,
+            pretrained_cfg={
+                "input_size": (3, model.input_size, model.input_size),
+                "num_classes": model.num_classes,
+                "interpolation": model.interpolation,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.5, 0.5, 0.5),
+            },
+        )
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _from_folder(path, name=str(path))
+    if path.is_file():
+        return _from_file(path)
+    if name_or_path in ARCHITECTURES:
+        tags = "\n  ".join(name for name in list_bit_models() if name.startswith(f"{name_or_path}."))
+        raise WeightsError(
+            f'model "{name_or_path}" names a network, not its weights: timm would choose a tag silently. Name one of\n  {tags}'
+        )
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name_or_path) and path.suffix not in {".safetensors", ".npz"} | _PICKLES:
+        return Weights(name=name_or_path, file=None, architecture="", shape=ARCHITECTURES["resnetv2_50x1_bit"])
+    hint = did_you_mean(name_or_path, [*list_bit_models(), BUNDLED])
+    raise WeightsError(
+        f'model "{name_or_path}" is neither a file, a folder, nor a known name{hint}. `bit-mixup models` lists the names; '
+        '"bundled" is the small model that ships in the package.'
+    )
+
+
+def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
+    """The same weights on this machine, downloaded from the hub if need be; safetensors only, never a pickle.
+
+    Args:
+        weights: as found.
+        revision: branch, tag or commit on the hub (None: its main branch).
+
+    Raises:
+        WeightsError: the hub can not be reached or lacks the repository, the revision or the file; or a revision is asked of a
+            file on this machine.
+    """
+    if weights.file is not None:
+        if revision is not None:
+            raise WeightsError(f'revision "{revision}" was given, but {weights.file} is a file of this machine: leave it out.')
+        return weights
+    published = weights.name in PUBLISHED
+    repository = f"timm/{weights.name}" if published else weights.name
+    config = None if published else _download(repository, CONFIG_FILE, revision)
+    file = _download(repository, WEIGHTS_FILE, revision)
+    commit = file.parent.name
+    if published:
+        return Weights(**{**vars(weights), "file": file, "revision": commit})
+    found = _from_folder(config.parent, name=weights.name) if config else weights
+    return Weights(**{**vars(found), "file": file, "revision": commit})
+
+
+def _download(repository: str, filename: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{filename} of {repository}" + (f" at revision {revision}" if revision else "")
+    try:
+        return Path(hf_hub_download(repository, filename, revision=revision))
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{where}: the repository is gated. Accept its terms on the hub, then log in (`hf auth login`)."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise WeightsError(f"{where}: the hub has no such repository, or it is private and you are not logged in.") from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(f"{where}: the hub has no such revision. Give a branch, tag or commit that exists.") from error
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{where} is not in the local cache and the hub can not be reached. Go online once, set HF_ENDPOINT to a mirror, or "
+            "use the model in the package: --model bundled."
+        ) from error
+    except EntryNotFoundError as error:
+        raise WeightsError(f"{where}: the repository has no such file. Only safetensors are read, never pickles.") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise WeightsError(f"{where} can not be downloaded: {error}") from error
+
+
+def _from_folder(folder: Path, *, name: str | None) -> Weights:
+    config_file = folder / CONFIG_FILE
+    if not config_file.is_file():
+        raise WeightsError(f"{folder} has no {CONFIG_FILE}: a folder of weights must be in timm's hub layout.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{config_file} is not JSON: {error}") from error
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if architecture not in ARCHITECTURES:
+        raise WeightsError(
+            f'{config_file} names the architecture "{architecture}", which is not a BiT of timm'
+            f"{did_you_mean(str(architecture), ARCHITECTURES)}. Known: {', '.join(ARCHITECTURES)}."
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise WeightsError(f"{folder} has no {WEIGHTS_FILE}. Only safetensors are read, never pickles.")
+    model_args = {name: value for name, value in config.get("model_args", {}).items() if name != "num_classes"}
+    cfg = {**config.get("pretrained_cfg", {}), "num_classes": config.get("num_classes")}
+    return Weights(
+        name=name or f"{architecture}.{cfg.get('tag')}",
+        file=folder / WEIGHTS_FILE,
+        architecture=architecture,
+        shape=ARCHITECTURES[architecture].overridden(model_args),
+        model_args=model_args,
+        pretrained_cfg=cfg,
+        std_eps=config.get("std_eps"),
+    )
+
+
+def _from_file(path: Path) -> Weights:
+    if path.suffix in _PICKLES:
+        raise WeightsError(f"{path} may hold a pickle, which can run code when it is read. Give a .safetensors or .npz file.")
+    if path.suffix not in (".safetensors", ".npz"):
+        raise WeightsError(f'{path}: files of weights end in .safetensors or .npz, not "{path.suffix}".')
+    if path.suffix == ".safetensors" and (path.parent / CONFIG_FILE).is_file() and path.name == WEIGHTS_FILE:
+        return Weights(**{**vars(_from_folder(path.parent, name=str(path))), "file": path})
+    shapes = read_shapes(path)
+    architecture = _recognise(shapes, path)
+    head = shapes.get("head.fc.weight")
+    return Weights(
+        name=str(path),
+        file=path,
+        architecture=architecture,
+        shape=ARCHITECTURES[architecture],
+        pretrained_cfg={
+            "input_size": (3, 224, 224),
+            "num_classes": head[0] if head else 0,
+            "interpolation": "bilinear",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+        },
+    )
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Names and shapes of a file's tensors, in timm's naming, from its header alone.
+
+    Raises:
+        WeightsError: the file is damaged, or holds pickled objects.
+    """
+    if path.suffix == ".npz":
+        return {name: tuple(array.shape) for name, array in read_npz(path).items()}
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+    if path.stat().st_size < end:
+        raise WeightsError(f"{path} is cut short: {path.stat().st_size} bytes of {end}. Fetch it again.")
+    return shapes
+
+
+_NPZ_UNIT = re.compile(r"block(?P<stage>\d+)/unit(?P<unit>\d+)/(?P<conv>[abc])/(?P<rest>.+)")
+_NPZ_LEAF = {
+    "standardized_conv2d/kernel": "conv{n}.weight",
+    "proj/standardized_conv2d/kernel": "downsample.conv.weight",
+    "group_norm/gamma": "norm{n}.weight",
+    "group_norm/beta": "norm{n}.bias",
+}
+_NPZ_OUTSIDE = {
+    "root_block/standardized_conv2d/kernel": "stem.conv.weight",
+    "group_norm/gamma": "norm.weight",
+    "group_norm/beta": "norm.bias",
+    "head/conv2d/kernel": "head.fc.weight",
+    "head/conv2d/bias": "head.fc.bias",
+}
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors of an original BiT `.npz` file in timm's naming and layout (convolutions as output, input, height, width).
+
+    Layer names with a counter, such as `standardized_conv2d_17` in some of the published files, are understood.
+
+    Raises:
+        WeightsError: the file is damaged, holds pickled objects, or is not a BiT's.
+    """
+    tensors = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                tensors[_timm_name(name, path)] = np.asarray(archive[name], dtype=np.float32)
+    except (OSError, ValueError, EOFError) as error:
+        raise WeightsError(f"{path} can not be read as a plain .npz of arrays (pickled objects are refused): {error}") from error
+    except Exception as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path} is damaged: {error}. Fetch it again.") from error
+    return {name: np.ascontiguousarray(a.transpose(3, 2, 0, 1)) if a.ndim == 4 else a for name, a in tensors.items()}
+
+
+def _timm_name(name: str, path: Path) -> str:
+    plain = re.sub(r"(standardized_conv2d|group_norm|conv2d)_\d+", r"\1", name.removeprefix("resnet/"))
+    if plain in _NPZ_OUTSIDE:
+        return _NPZ_OUTSIDE[plain]
+    match = _NPZ_UNIT.fullmatch(plain)
+    if match and match["rest"] in _NPZ_LEAF:
+        leaf = _NPZ_LEAF[match["rest"]].format(n="abc".index(match["conv"]) + 1)
+        return f"stages.{int(match['stage']) - 1}.blocks.{int(match['unit']) - 1}.{leaf}"
+    raise WeightsError(f'{path} holds an array "{name}", which no BiT has. Is it an original BiT file?')
+
+
+def _recognise(shapes: Shapes, path: Path) -> str:
+    """The published architecture with these many blocks and this width."""
+    if "stem.conv.weight" not in shapes:
+        raise WeightsError(f'{path} has no "stem.conv.weight": it is not a BiT in timm\'s naming.')
+    depths = tuple(
+        1 + max((int(m[1]) for name in shapes if (m := re.match(rf"stages\.{stage}\.blocks\.(\d+)\.", name))), default=-1)
+        for stage in range(4)
+    )
+    width = shapes["stem.conv.weight"][0]
+    for name, shape in ARCHITECTURES.items():
+        if shape.layers == depths and shape.stem_channels == width:
+            return name
+    raise WeightsError(
+        f"{path} holds a network of {depths} blocks with {width} stem channels, which is none of timm's BiTs. If it is one with "
+        f"narrower channels, put timm's {CONFIG_FILE} with its model_args beside a {WEIGHTS_FILE} and give the folder."
+    )
+
+
+def size_text(count: float, unit: str = "B") -> str:
+    """A count for people: 25.5 M, 102 MB."""
+    if count < 1000:
+        return f"{count:.0f} {unit}".rstrip()
+    exponent = min(int(math.log10(count) // 3), 4)
+    return f"{count / 1000**exponent:.3g} {'kMGT'[exponent - 1]}{unit}"

@@ -1,0 +1,254 @@
+"""The whole story: data, rule, model, training, scores, files."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset, DatasetDict
+from timm.models.resnetv2 import ResNetV2
+
+from bit_mixup.config import TransferConfig, configure
+from bit_mixup.data import EvaluationView, Part, TrainingStream
+from bit_mixup.environment import available_cores, versions
+from bit_mixup.errors import ConfigError, did_you_mean
+from bit_mixup.evaluation import EvaluationReport, evaluate
+from bit_mixup.mixup import Mixup
+from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, build_bit, save_model, std_eps_effect
+from bit_mixup.planning import Plan, make_plan
+from bit_mixup.prediction import predict_logits
+from bit_mixup.storage import whole_folder, write_json, write_text
+from bit_mixup.training import fine_tune
+from bit_mixup.weights import fetch
+
+logger = logging.getLogger(__name__)
+
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "aim": "aim", "mlflow": "mlflow",
+             "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio"}  # fmt: skip
+_DISTRIBUTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TransferResult:
+    """What a run leaves in memory.
+
+    Args:
+        model: trained, on its device.
+        plan: everything that was decided.
+        report: scores on the test examples.
+        validation: scores on held-out training examples, if some were asked for.
+        output_dir: the run's folder.
+    """
+
+    model: ResNetV2
+    plan: Plan
+    report: EvaluationReport
+    validation: EvaluationReport | None
+    output_dir: Path
+
+
+def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> TransferResult:
+    """Fine-tunes a pretrained BiT on a data set, scores it, and writes the run's folder.
+
+    Args:
+        dataset: as in `TransferConfig.dataset`, or a data set in memory.
+        **options: fields of `TransferConfig`.
+
+    Returns:
+        Model, plan and scores. In a run of several processes each has them; the first writes.
+
+    Raises:
+        BitMixupError: see the classes in `bit_mixup.errors`; but for NonFiniteError, raised before any training starts.
+    """
+    if isinstance(dataset, str):
+        return run_transfer(configure(dataset=dataset, **options))
+    first = dataset if isinstance(dataset, Dataset) else next(iter(dataset.values()))
+    return run_transfer(configure(dataset=f"memory-{first._fingerprint}", **options), source=dataset)
+
+
+def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None = None) -> TransferResult:
+    """`transfer` of a whole configuration. Prints the plan first and the scores last, on the main process."""
+    plan = make_plan(config, source=source)
+    with _threads(plan.environment.threads):
+        _check_device_and_tracker(plan)
+        accelerator = Accelerator(
+            mixed_precision="no" if plan.environment.precision == "fp32" else plan.environment.precision,
+            log_with=config.tracker,
+            project_dir=str(plan.run.path),
+            cpu=not torch.accelerator.is_available(),  # else, on the CPU, Accelerate takes no notice of torchrun's processes
+        )
+        assert accelerator.num_processes == plan.environment.num_processes
+        if accelerator.distributed_type not in _DISTRIBUTED:
+            raise ConfigError(f"distributed type {accelerator.distributed_type.value} is not supported; use DDP.")
+        return _run(plan, accelerator)
+
+
+def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
+    config, hyper, run = plan.config, plan.resolution.hyper, plan.run
+    with accelerator.main_process_first():  # one process downloads, the others find it in the cache
+        weights = fetch(plan.weights, revision=config.revision)
+    plan = replace(plan, weights=weights)
+    set_seed(config.seed)
+    model = build_bit(weights, num_classes=plan.data.num_classes, std_eps=config.std_eps)
+    effect = std_eps_effect(model)
+    std_eps = config.std_eps or weights.std_eps or TIMM_STD_EPS
+    if accelerator.is_main_process:
+        run.open(config.as_json(), overwrite=config.overwrite)
+        resolved = {**plan.resolved(), "std_eps": std_eps}
+        run.settle(_record(plan, resolved))
+        print(plan.text())
+        print(
+            f"{'':<9} smallest variance of a filter {effect.smallest_variance:.3g}: std_eps {TIMM_STD_EPS:g} instead of "
+            f"{REFERENCE_STD_EPS:g} changes {effect.of} by {effect.relative_change:.2g} of the largest (in use: {std_eps:g})\n",
+            flush=True,
+        )
+    accelerator.wait_for_everyone()
+    if config.tracker:
+        accelerator.init_trackers(
+            "bit_mixup", config={k: v for k, v in config.as_json().items() if isinstance(v, int | float | str)}
+        )
+    workers = config.num_workers if config.num_workers is not None else _default_workers(accelerator)
+    stream = TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed)
+    model = fine_tune(
+        model,
+        stream,
+        hyper,
+        accelerator,
+        mixup=Mixup(alpha=hyper.mixup_alpha, lam=config.mixup_lam),
+        cuts=plan.cuts,
+        run=run,
+        seed=config.seed,
+        num_workers=workers,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    report = _score(plan, model, plan.data.test, accelerator, workers)
+    validation = _score(plan, model, plan.data.validation, accelerator, workers) if plan.data.validation else None
+    if accelerator.is_main_process:
+        _write(plan, model, report, validation, std_eps=std_eps)
+    accelerator.log({"test_accuracy": report.accuracy, "test_nll": report.nll}, step=hyper.steps)
+    accelerator.end_training()
+    return TransferResult(model=model, plan=plan, report=report, validation=validation, output_dir=run.path)
+
+
+def _score(plan: Plan, model: ResNetV2, part: Part, accelerator: Accelerator, workers: int) -> EvaluationReport:
+    view = EvaluationView(part=part, view=plan.view)
+    logits = predict_logits(model, view, accelerator, batch_size=plan.largest_micro_batch, num_workers=workers)
+    return evaluate(logits, torch.from_numpy(part.labels), plan.data.class_names)
+
+
+def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "resolved": resolved,
+        "notes": list(plan.data.notes),
+        "environment": {
+            "processes": plan.environment.num_processes,
+            "threads": plan.environment.threads,
+            "micro_batches": [[cut.size for cut in cuts] for cuts in plan.cuts],
+            "device": _device_name(),
+            "versions": versions(),
+            "command": sys.argv,
+        },
+        "rows": _few_shot_rows(plan),
+    }
+
+
+def _few_shot_rows(plan: Plan) -> list[int] | None:
+    """Rows of the training split that a few-shot run uses."""
+    return plan.data.train.rows.tolist() if plan.config.examples_per_class else None
+
+
+def _write(plan: Plan, model: ResNetV2, report: EvaluationReport, validation: EvaluationReport | None, *, std_eps: float) -> None:
+    run = plan.run
+    with whole_folder(run.model) as folder:
+        save_model(model, folder, label_names=plan.data.class_names, view=plan.view, std_eps=std_eps)
+    values = report.as_dict() | {"validation": validation.as_dict() if validation else None}
+    write_json(run.report, values)
+    text = f"# {plan.data.name}, {plan.weights.name}, seed {plan.config.seed}\n\n{report.table()}"
+    if validation:
+        text += f"\n## Held out of the training split\n\n{validation.table()}"
+    write_text(run.table, text)
+    print(f"\n{report.table(worst=10)}")
+    if validation:
+        print(f"held out for validation: top-1 accuracy {validation.accuracy:.2%} of {validation.num_examples:,}\n")
+    for path, what in (
+        (run.model, "the model, in timm's hub layout"),
+        (run.report, "all scores"),
+        (run.table, "the same as a table"),
+        (run.metrics, "loss and rate of each step"),
+        (run.plan, "what was decided"),
+        (run.config, "what was asked"),
+    ):
+        print(f"{path!s:<60} {what}")
+
+
+def _check_device_and_tracker(plan: Plan) -> None:
+    if plan.environment.precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("precision fp16 needs an accelerator, and there is none. Use bf16 or fp32.")
+    tracker = plan.config.tracker
+    if tracker is None:
+        return
+    if tracker not in _TRACKERS:
+        raise ConfigError(f'tracker "{tracker}"{did_you_mean(tracker, _TRACKERS)}: Accelerate knows {", ".join(_TRACKERS)}.')
+    if find_spec(_TRACKERS[tracker]) is None:
+        raise ConfigError(
+            f'tracker "{tracker}" is not installed. Install it with `pip install {tracker}`, or leave --tracker out.'
+        )
+
+
+def _default_workers(accelerator: Accelerator) -> int:
+    if accelerator.device.type == "cpu":
+        return 0
+    share: int = available_cores() // accelerator.num_processes
+    return min(8, max(1, share))
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "cpu"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sets torch's threads for the time of a run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
+    """Seconds that training would take here, from a few timed passes over random pictures with random weights."""
+    hyper, size = plan.resolution.hyper, plan.largest_micro_batch
+    with _threads(plan.environment.threads):
+        import timm
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = timm.create_model(
+            plan.weights.architecture, pretrained=False, num_classes=plan.data.num_classes, **plan.weights.model_args
+        ).to(device)
+        images = torch.randn(size, 3, hyper.crop_size, hyper.crop_size, device=device)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.environment.precision]
+        for timed in range(timed_steps + 1):
+            if timed == 1:
+                start = time.perf_counter()  # the first pass warms up
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            loss.item()  # waits for the device
+        seconds = (time.perf_counter() - start) / timed_steps
+    return seconds * len(plan.cuts[0]) * hyper.steps
