@@ -140,9 +140,9 @@ class TransferConfig:
             raise ConfigError(f"{path} can not be read as a configuration: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a JSON object of options, such as a run's config.json.")
-        if values.get("decay_steps") is not None:
+        if isinstance(values.get("decay_steps"), list):
             values["decay_steps"] = tuple(values["decay_steps"])
-        if values.get("output_dir") is not None:
+        if isinstance(values.get("output_dir"), str):
             values["output_dir"] = Path(values["output_dir"])
         if values.get("mixup_alpha") == "inf":
             values["mixup_alpha"] = math.inf

@@ -150,19 +150,20 @@ def load_image_dataset(
             "Remove these rows, or name another train_split."
         )
     if (isinstance(feature, ClassLabel) and len(class_names) < 2) or len(np.unique(train.labels)) < 2:
-        raise DataError(f'"{label_column}" of {split} holds fewer than two classes: there is nothing to learn.')
+        raise DataError(
+            f'"{label_column}" of {split} holds fewer than two classes: there is nothing to learn. Name another label_column '
+            "or train_split."
+        )
 
     test, note = _test_part(opened, split, test_split, image_column, label_column, values, train, seed)
     notes.append(note)
     if test is None:
-        held = stratified_rows(train.labels, TEST_FRACTION, seed=seed)
-        test, train = train.subset(held), train.subset(np.setdiff1d(np.arange(len(train)), held))
+        test, train = _hold_out(train, TEST_FRACTION, seed=seed)
     validation = None
     if validation_fraction:
         if not 0 < validation_fraction < 1:
             raise DataError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
-        held = stratified_rows(train.labels, validation_fraction, seed=seed + 1)
-        validation, train = train.subset(held), train.subset(np.setdiff1d(np.arange(len(train)), held))
+        validation, train = _hold_out(train, validation_fraction, seed=seed + 1)
         notes.append(f"{len(validation):,} examples of {split} are held out for validation")
     if examples_per_class is not None:
         train = _few_shot(train, class_names, examples_per_class, few_shot_seed)
@@ -187,7 +188,7 @@ def _pick_split(source: Source, name: str, flag: str) -> str:
             f"Name one with {flag}."
         )
     if not len(source.splits[name]):
-        raise DataError(f'split "{name}" holds no examples.')
+        raise DataError(f'split "{name}" holds no examples. Name another {flag}.')
     return name
 
 
@@ -266,11 +267,10 @@ def _classes(split: Dataset, column: str, name: str) -> tuple[tuple[str, ...], l
     feature = split.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names), list(range(len(feature.names)))
-    values = split.data.column(column).unique().to_pylist()
-    if None in values:
-        row = split.data.column(column).to_pylist().index(None) if split._indices is None else 0
-        raise DataError(f'{name} row {row} has no label: "{column}" is empty there. Fill it or remove the row.')
-    values = sorted(value for value in values if isinstance(value, str) or value != UNLABELLED)
+    raw = split[column][:]
+    if None in raw:
+        raise DataError(f'{name} row {raw.index(None)} has no label: "{column}" is empty there. Fill it or remove the row.')
+    values = sorted(value for value in set(raw) if isinstance(value, str) or value != UNLABELLED)
     if values and not isinstance(values[0], str) and values[0] < 0:
         raise DataError(f'"{column}" of {name} holds the label {values[0]}; labels are 0 or more (-1 means unlabelled).')
     if len(values) == len(split) > 1:
@@ -322,7 +322,9 @@ def _labels(data: Dataset, split: str, column: str, values: list[Any]) -> Labels
     labels = np.empty(len(raw), dtype=np.int64)
     for row, value in enumerate(raw):
         if value not in index:
-            raise DataError(f'{split} row {row} has the class "{value}" in "{column}", which the training split lacks.')
+            raise DataError(
+                f'{split} row {row} has the class "{value}" in "{column}", which the training split lacks. Rename or remove it.'
+            )
         labels[row] = index[value]
     return labels
 
@@ -373,10 +375,22 @@ def _in_training_order(labels: Labels, source: Source, train_split: str, split: 
     foreign = [name for name in other.names if name not in train.names]
     if foreign:
         raise DataError(
-            f'split "{split}" has the class "{foreign[0]}", which {train_split} lacks{did_you_mean(foreign[0], train.names)}.'
+            f'split "{split}" has the class "{foreign[0]}", which {train_split} lacks{did_you_mean(foreign[0], train.names)}. '
+            "Rename or remove it."
         )
     order = np.array([train.names.index(name) for name in other.names])
     return np.where(labels == UNLABELLED, UNLABELLED, order[labels])
+
+
+def _hold_out(train: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
+    """A stratified share of the training examples, and the others."""
+    held = stratified_rows(train.labels, fraction, seed=seed)
+    if not len(held):
+        raise DataError(
+            f"every class of {train.name} has a single example: none can be held out of training. Add examples, or name a "
+            "labelled split with test_split."
+        )
+    return train.subset(held), train.subset(np.setdiff1d(np.arange(len(train)), held))
 
 
 def _few_shot(train: Part, class_names: tuple[str, ...], examples_per_class: int, seed: int) -> Part:

@@ -37,8 +37,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DataError: a mode whose range is unknown (floating point, 32-bit integers above 65,535).
     """
+    image.load()  # what is cut short shows here, not inside of _upright
     image = _upright(image)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
         image = _scale_16_bits(image)

@@ -116,7 +116,9 @@ def _from_folder(path: Path) -> Source:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    """The picture files below a folder, but for hidden ones and those in hidden folders."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
@@ -134,7 +136,9 @@ def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
             if not entry.is_dir() or entry.name.startswith("."):
                 continue
             if entry.name not in names:
-                raise DataError(f"{entry} is a class that {split_folders['train']} lacks{did_you_mean(entry.name, names)}.")
+                raise DataError(
+                    f"{entry} is a class that {split_folders['train']} lacks{did_you_mean(entry.name, names)}. Rename it."
+                )
             pictures = _pictures(entry)
             if not pictures and folder == split_folders["train"]:
                 raise DataError(f"{entry} holds no pictures ({', '.join(sorted(EXTENSIONS))}). Fill it or remove it.")

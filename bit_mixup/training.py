@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,8 +67,9 @@ def fine_tune(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
     first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
     normalize, dtype, num_classes = Normalize.of(model), next(model.parameters()).dtype, int(model.num_classes)
-    own_cuts, scale = cuts[accelerator.process_index], accelerator.num_processes / hyper.batch_size
-    network, wrapped = accelerator.prepare(model, optimizer)
+    own_cuts = cuts[accelerator.process_index]
+    network = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone: gradients are summed below
+    wrapped = accelerator.prepare_optimizer(optimizer)
     network.train()
     positions = PositionBatches(own_cuts, batch_size=hyper.batch_size, first_step=first_step, steps=hyper.steps)
     batches = load_batches(stream, positions, num_workers=num_workers, device=accelerator.device)
@@ -78,15 +78,15 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, hyper)
         step_loss = torch.zeros((), device=accelerator.device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for index, cut in enumerate(own_cuts):
+        for cut in own_cuts:
             images, labels = next(batches)
             targets = F.one_hot(labels, num_classes).to(dtype)
             start = cut.positions(step, hyper.batch_size).start
             images, targets = mixup(normalize(images, dtype), targets, seed=seed, step=step, start=start, groups=cut.groups)
-            with nullcontext() if index == len(own_cuts) - 1 else accelerator.no_sync(network):
-                loss = F.cross_entropy(network(images), targets, reduction="sum") * cut.weight
-                accelerator.backward(loss * scale)
-            step_loss += loss.detach() / hyper.batch_size
+            loss = F.cross_entropy(network(images), targets, reduction="sum") * (cut.weight / hyper.batch_size)
+            accelerator.backward(loss)
+            step_loss += loss.detach()
+        _sum_gradients(model, accelerator)
         wrapped.step()
         wrapped.zero_grad()
         log.add(step, step_loss, get_total_norm(model.parameters()))
@@ -102,6 +102,20 @@ def fine_tune(
     trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     assert isinstance(trained, ResNetV2)
     return trained
+
+
+def _sum_gradients(model: ResNetV2, accelerator: Accelerator) -> None:
+    """Adds up the gradients of all processes, once a step.
+
+    DistributedDataParallel would hide this behind the backward pass, but it puts gradients into another order after its first
+    step, and with three processes or more the order of addition shows in the last bits: a resumed run would not end in the same.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    summed = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
+    for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 @dataclass

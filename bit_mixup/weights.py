@@ -177,7 +177,7 @@ def _from_folder(folder: Path, *, name: str | None) -> Weights:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(f"{config_file} is not JSON: {error}") from error
+        raise WeightsError(f"{config_file} is not JSON: {error}. Fetch it again.") from error
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if architecture not in ARCHITECTURES:
         raise WeightsError(

@@ -1,5 +1,6 @@
 """The whole story: data, rule, model, training, scores, files."""
 
+import atexit
 import logging
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset, DatasetDict
 from timm.models.resnetv2 import ResNetV2
@@ -69,10 +71,11 @@ def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> Transfe
     Raises:
         BitMixupError: see the classes in `bit_mixup.errors`; but for NonFiniteError, raised before any training starts.
     """
-    if isinstance(dataset, str):
+    if not isinstance(dataset, Dataset | DatasetDict):
         return run_transfer(configure(dataset=dataset, **options))
-    first = dataset if isinstance(dataset, Dataset) else next(iter(dataset.values()))
-    return run_transfer(configure(dataset=f"memory-{first._fingerprint}", **options), source=dataset)
+    splits = [dataset] if isinstance(dataset, Dataset) else dataset.values()
+    name = "-".join(["memory", *(split._fingerprint for split in splits)][:2])
+    return run_transfer(configure(dataset=name, **options), source=dataset)
 
 
 def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None = None) -> TransferResult:
@@ -80,6 +83,7 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
     plan = make_plan(config, source=source)
     with _threads(plan.environment.threads):
         _check_device_and_tracker(plan)
+        AcceleratorState._reset_state()  # a notebook's next run may ask for another precision
         accelerator = Accelerator(
             mixed_precision="no" if plan.environment.precision == "fp32" else plan.environment.precision,
             log_with=config.tracker,
@@ -87,6 +91,7 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
             cpu=not torch.accelerator.is_available(),  # else, on the CPU, Accelerate takes no notice of torchrun's processes
         )
         assert accelerator.num_processes == plan.environment.num_processes
+        atexit.register(accelerator.state.destroy_process_group)  # not sooner: this process may start another run
         if accelerator.distributed_type not in _DISTRIBUTED:
             raise ConfigError(f"distributed type {accelerator.distributed_type.value} is not supported; use DDP.")
         return _run(plan, accelerator)
@@ -137,7 +142,9 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     if accelerator.is_main_process:
         _write(plan, model, report, validation, std_eps=std_eps)
     accelerator.log({"test_accuracy": report.accuracy, "test_nll": report.nll}, step=hyper.steps)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
     return TransferResult(model=model, plan=plan, report=report, validation=validation, output_dir=run.path)
 
 

@@ -366,9 +366,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     (args.cache / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     trained = set(labels[~held].tolist())
-    split = {"trained": [c for i, c in enumerate(classes) if i in trained]}
-    split["held_out"] = [c for i, c in enumerate(classes) if i not in trained]
-    (args.out / "classes.json").write_text(json.dumps(split, indent=0) + "\n")
+    split = {"trained": "".join(c for i, c in enumerate(classes) if i in trained)}
+    split["held_out"] = "".join(c for i, c in enumerate(classes) if i not in trained)
+    text = json.dumps(split, indent=1, ensure_ascii=False) + "\n"
+    (args.out / "classes.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
