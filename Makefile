@@ -14,8 +14,8 @@ MODEL ?= bundled
 NPROC ?= 1
 ARGS ?=
 
-# The rule's 128 px and batches of 512 are too much for two cores and a model of 40 px.
-MODEL_FLAGS := $(if $(filter bundled,$(MODEL)),--preset light --resolution model)
+# The rule's 128 px and batches of 512 are too much for two cores and a model of 40 px; so small a model gains nothing from threads.
+MODEL_FLAGS := $(if $(filter bundled,$(MODEL)),--preset light --resolution model --threads 1)
 # A mirrored digit is another shape.
 DATASET_FLAGS := $(if $(filter digits,$(DATASET)),--no-flip)
 # The paper's sets are transferred to from BiT-M, unless MODEL is given.

@@ -11,7 +11,7 @@ from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_ARE
 from bit_mixup.images import View
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch
-from bit_mixup.weights import BUNDLED_FOLDER, Weights, find_weights, size_text
+from bit_mixup.weights import BUNDLED_FOLDER, Weights, fetch, find_weights, size_text
 
 ACTIVATION_BUDGET = 6 * 1024**3  # bytes of saved activations that a micro-batch may take unless asked otherwise
 
@@ -208,6 +208,8 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
     weights = find_weights(config.model)
     run = RunFolder(config.output_dir or default_folder(config.dataset, weights.short_name, config.seed))
     run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
+    if not weights.architecture:  # of a repository only its own configuration says what is in it
+        weights = fetch(weights, revision=config.revision)
     data = load_image_dataset(
         config.dataset if source is None else source,
         config=config.dataset_config,
@@ -222,6 +224,9 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         seed=config.seed,
     )
     sizes = summarize_sizes(data.train, small_area=SMALL_IMAGE_AREA, seed=config.seed)
+    for part in (data.test, data.validation):
+        if part is not None:  # a broken file is better met before training than after it
+            summarize_sizes(part, small_area=SMALL_IMAGE_AREA, seed=config.seed)
     resolution = resolve(config, num_examples=len(data.train), image_area=sizes.median_area, weights=weights)
     cuts = _cut(config, resolution, weights, environment.num_processes)
     return Plan(

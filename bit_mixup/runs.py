@@ -105,23 +105,21 @@ class RunFolder:
                 "Resume with the values of then, or choose another --output-dir."
             )
 
-    def open(self, asked: dict[str, Any], *, overwrite: bool) -> None:
-        """Makes the folder ready to be written to. `check` comes first."""
+    def open(self, asked: dict[str, Any], resolved: dict[str, Any], *, overwrite: bool) -> None:
+        """Makes the folder ready and writes what was asked and what that resolved to. `check` comes first.
+
+        Raises:
+            CheckpointError: a checkpoint waits, but data, weights or rule resolve to something else than when the run was
+                started; nothing has been changed.
+        """
         if overwrite and self.config.is_file():
             shutil.rmtree(self.path)
+        elif self.plan.is_file() and self.list_checkpoints():
+            self.compare("plan.json", read_json(self.plan)["resolved"], resolved["resolved"])
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         remove_leftovers(self.checkpoints)
         write_json(self.config, asked)
-
-    def settle(self, resolved: dict[str, Any]) -> None:
-        """Writes what the request resolved to; where a checkpoint waits, first sees that it is the same as then.
-
-        Raises:
-            CheckpointError: data, weights or rule resolve to something else than when the run was started.
-        """
-        if self.plan.is_file() and self.list_checkpoints():
-            self.compare("plan.json", read_json(self.plan)["resolved"], resolved["resolved"])
         write_json(self.plan, resolved)
 
     def trim_metrics(self, step: int) -> None:

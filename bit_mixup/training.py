@@ -63,7 +63,7 @@ def fine_tune(
     Raises:
         NonFiniteError: a loss or weight was not finite. No checkpoint holds one.
     """
-    model.to(accelerator.device)
+    model.to(accelerator.device).to(memory_format=torch.channels_last)  # the bundled model's step takes a fifth less CPU time so
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
     first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
     normalize, dtype, num_classes = Normalize.of(model), next(model.parameters()).dtype, int(model.num_classes)
@@ -77,12 +77,13 @@ def fine_tune(
     for step in range(first_step, hyper.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, hyper)
-        step_loss = torch.zeros((), device=accelerator.device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        step_loss = torch.zeros((), device=accelerator.device, dtype=dtype)
         for cut in own_cuts:
             images, labels = next(batches)
+            images = normalize(images, dtype).contiguous(memory_format=torch.channels_last)
             targets = F.one_hot(labels, num_classes).to(dtype)
             start = cut.positions(step, hyper.batch_size).start
-            images, targets = mixup(normalize(images, dtype), targets, seed=seed, step=step, start=start, groups=cut.groups)
+            images, targets = mixup(images, targets, seed=seed, step=step, start=start, groups=cut.groups)
             loss = F.cross_entropy(network(images), targets, reduction="sum") * (cut.weight / hyper.batch_size)
             accelerator.backward(loss)
             step_loss += loss.detach()
@@ -101,7 +102,7 @@ def fine_tune(
     accelerator.wait_for_everyone()
     trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     assert isinstance(trained, ResNetV2)
-    return trained
+    return trained.to(memory_format=torch.contiguous_format)
 
 
 def _sum_gradients(model: ResNetV2, accelerator: Accelerator) -> None:

@@ -273,7 +273,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """
     tensors = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for name in archive.files:
                 tensors[_timm_name(name, path)] = np.asarray(archive[name], dtype=np.float32)
     except (OSError, ValueError, EOFError) as error:

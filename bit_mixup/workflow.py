@@ -69,7 +69,8 @@ def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> Transfe
         Model, plan and scores. In a run of several processes each has them; the first writes.
 
     Raises:
-        BitMixupError: see the classes in `bit_mixup.errors`; but for NonFiniteError, raised before any training starts.
+        BitMixupError: see the classes in `bit_mixup.errors`; raised before any training starts, but for NonFiniteError, and for a
+            DataError where a picture is broken behind its header or outside of the sample that the plan looks at.
     """
     if not isinstance(dataset, Dataset | DatasetDict):
         return run_transfer(configure(dataset=dataset, **options))
@@ -100,16 +101,15 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
 def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     config, hyper, run = plan.config, plan.resolution.hyper, plan.run
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        weights = fetch(plan.weights, revision=config.revision)
+        weights = plan.weights if plan.weights.revision else fetch(plan.weights, revision=config.revision)
     plan = replace(plan, weights=weights)
     set_seed(config.seed)
     model = build_bit(weights, num_classes=plan.data.num_classes, std_eps=config.std_eps)
     effect = std_eps_effect(model)
     std_eps = config.std_eps or weights.std_eps or TIMM_STD_EPS
     if accelerator.is_main_process:
-        run.open(config.as_json(), overwrite=config.overwrite)
         resolved = {**plan.resolved(), "std_eps": std_eps}
-        run.settle(_record(plan, resolved))
+        run.open(config.as_json(), _record(plan, resolved), overwrite=config.overwrite)
         print(plan.text())
         print(
             f"{'':<9} smallest variance of a filter {effect.smallest_variance:.3g}: std_eps {TIMM_STD_EPS:g} instead of "

@@ -3,8 +3,8 @@
     accelerate launch recipes/fine_tune.py --dataset uoft-cs/cifar10 --model resnetv2_50x1_bit.goog_in21k
     torchrun --standalone --nproc_per_node 2 recipes/fine_tune.py --dataset digits --model bundled
 
-The same code as `bit-mixup fine-tune` and `bit_mixup.transfer`, with the same options; `bit-mixup plan` shows beforehand what they
-come to.
+The same code as `bit-mixup fine-tune` and `bit_mixup.transfer`, with the same options; `bit-mixup plan` shows beforehand
+what they come to.
 """
 
 import sys

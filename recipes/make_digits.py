@@ -3,8 +3,8 @@
     pip install scikit-learn
     python recipes/make_digits.py bit_mixup/digits
 
-UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), its test part: 1,797 pictures of 8 x 8 pixels, CC BY 4.0.
-Values 0 to 16 become 0 to 255. 1,000 training and 797 test examples, stratified, with a fixed seed.
+UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), its test part: 1,797 pictures of 8 x 8 pixels,
+CC BY 4.0. Values 0 to 16 become 0 to 255. 1,000 training and 797 test examples, stratified, with a fixed seed.
 """
 
 import argparse
@@ -20,6 +20,7 @@ TRAIN_SIZE = 1000
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Writes train.parquet and test.parquet into a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder

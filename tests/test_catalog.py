@@ -27,7 +27,7 @@ def test_the_table_agrees_with_timm(name: str) -> None:
     assert cfg is not None
     assert cfg.input_size == (3, published.input_size, published.input_size)
     assert (cfg.num_classes, cfg.interpolation) == (published.num_classes, published.interpolation)
-    assert cfg.hf_hub_id == "timm/"  # timm appends the name
+    assert cfg.hf_hub_id == f"timm/{name}"  # what is fetched
     weights = find_weights(name)
     assert (weights.pretrained_cfg["mean"], weights.pretrained_cfg["std"]) == (cfg.mean, cfg.std)
     assert (weights.input_size, weights.interpolation) == (published.input_size, published.interpolation)

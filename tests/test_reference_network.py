@@ -111,7 +111,7 @@ def logits(arrays: Arrays, images: Tensor) -> Tensor:
     original = Original(arrays)
     result = original(images)
     assert original.read == set(arrays), "the forward pass reads every array"
-    assert len(arrays) == 156 - 3 + 2 - 2
+    assert len(arrays) == 1 + 16 * 9 + 4 + 2 + 2  # stem, units, projections, last norm, head
     return result
 
 
