@@ -66,7 +66,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     )
     from bit_mixup.planning import make_plan
 
-    plan = make_plan(config, num_processes=int(processes) if processes else None)
+    plan = make_plan(config, num_processes=int(processes) if processes else None, to_be_run=False)
     print(plan.text())
     if "--time" in options:
         from bit_mixup.workflow import time_run

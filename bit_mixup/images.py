@@ -5,14 +5,13 @@ happens later, on the device and in batches (`bit_mixup.models.normalize`).
 """
 
 import io
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from bit_mixup.errors import DataError
 from bit_mixup.sampling import Purpose, generator
@@ -24,6 +23,15 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what puts a picture upright, by its EXIF orientation
 
 Bytes3d = npt.NDArray[np.uint8]
 
@@ -54,9 +62,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return image  # the EXIF block is broken, the pixels need not be
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the EXIF block is broken in one of many ways; the pixels need not be
+        return image
+    # Not ImageOps.exif_transpose: it writes the other tags anew, and fails where one of them is broken.
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _scale_16_bits(image: Image.Image) -> Image.Image:

@@ -76,7 +76,8 @@ def build_bit(
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
         if head_classes:
-            logger.info("the upstream head of %s classes is left out; the new head of %s is zero", head_classes, num_classes)
+            level = logging.WARNING if head_classes == num_classes else logging.INFO  # an equal size may be meant to be kept
+            logger.log(level, "%s: the head of %s classes is left out, the new one is zero", weights.file, head_classes)
     full_name = weights.name if weights.name.startswith(f"{weights.architecture}.") else weights.architecture
     cfg = dict(weights.pretrained_cfg)
     if full_name in timm.list_pretrained("resnetv2_*_bit*"):

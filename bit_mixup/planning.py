@@ -128,7 +128,9 @@ class Plan:
     def _weight_lines(self) -> list[str]:
         weights = self.weights
         body, head = weights.shape.parameter_count(), self.data.num_classes * (weights.shape.num_features + 1)
+        upstream = weights.pretrained_cfg.get("num_classes")
         line = f"{weights.name}: {size_text(body, '')} parameters and a new head of {size_text(head, '')}, zero"
+        line += f" (the upstream head of {upstream:,} classes is left out)" if upstream else ""
         if weights.file is None and weights.name in PUBLISHED:
             size = size_text(PUBLISHED[weights.name].download_bytes)
             source = f"download of {size} from the hub (timm/{weights.name}), unless cached"
@@ -191,13 +193,14 @@ class Plan:
         ]
 
 
-def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int | None = None) -> Plan:
+def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int | None = None, to_be_run: bool = True) -> Plan:
     """Opens the data, finds the weights (without downloading published ones) and decides everything.
 
     Args:
         config: what is asked.
         source: an in-memory data set, in place of `config.dataset`.
         num_processes: to plan for, in place of those that the launcher has started.
+        to_be_run: also see whether the run may write into its folder.
 
     Raises:
         BitMixupError: something can not be used; nothing has been written.
@@ -207,7 +210,8 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         environment = Environment(**{**vars(environment), "num_processes": num_processes})
     weights = find_weights(config.model)
     run = RunFolder(config.output_dir or default_folder(config.dataset, weights.short_name, config.seed))
-    run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
+    if to_be_run:
+        run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
     if not weights.architecture:  # of a repository only its own configuration says what is in it
         weights = fetch(weights, revision=config.revision)
     data = load_image_dataset(

@@ -115,16 +115,17 @@ def cut_batch(
             f"{num_processes} processes can not share a batch of {batch_size}: it has {len(sizes)} group(s) of up to "
             f"{group_size} for mixup. Raise batch_size to at least {num_processes * group_size} or start fewer processes."
         )
-    per_pass = max(len(sizes), 1)
+    per_pass = len(sizes)
     if micro_batch is not None:
-        if micro_batch < max(sizes):
+        largest = max(sizes)
+        if micro_batch < largest:
             raise ConfigError(
-                f"micro_batch {micro_batch} is too small: mixup's partners are chosen in groups of up to {max(sizes)}, which "
-                f"stay together. Use at least {max(sizes)}, or turn mixup off with mixup_alpha 0."
+                f"micro_batch {micro_batch} is too small: mixup's partners are chosen in groups of up to {largest}, which "
+                f"stay together. Use at least {largest}, or turn mixup off with mixup_alpha 0."
                 if group_size > 1
                 else f"micro_batch is {micro_batch}; it must be at least 1."
             )
-        per_pass = (micro_batch - (max(sizes) - group_size if len(sizes) > 1 else 0)) // max(min(group_size, max(sizes)), 1)
+        per_pass = (micro_batch - (largest > group_size)) // min(group_size, largest)  # one group may be larger, by one
     shares = _even_shares(len(sizes), num_processes)
     passes = -(-max(shares) // per_pass)
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()

@@ -480,7 +480,7 @@ CASES: dict[str, Case] = {
 SAME_RAISE: dict[str, Case] = {
     "resumed on other data": (
         CheckpointError,
-        r"another configuration .plan.json.*data: .*'train_examples': 3.* -> .*'train_examples': 2.*Resume with the values of then",
+        "another configuration .plan.json.*data: .*'train_examples': 3.* -> .*'train_examples': 2.*Resume with the values",
         resumed_on_other_data,
     ),
     "two image columns": (

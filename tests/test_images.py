@@ -248,13 +248,33 @@ def test_orientations_are_eight_different_ones() -> None:
     assert len({as_stored(np.asarray(picture(9, 9)), orientation).tobytes() for orientation in SIDES}) == 8
 
 
+BROKEN_BLOCKS = [
+    b"",
+    b"garbage",
+    b"II*\0\xff\xff\xff\xff",
+    b"MM\0*",
+    b"II",
+    b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\xff\xff\0\0",
+]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow mentions what is corrupt
-@pytest.mark.parametrize(
-    "block", [b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\x7f\0\0\0\0"]
-)
-def test_a_broken_exif_block_does_no_harm(block: bytes) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("block", BROKEN_BLOCKS, ids=range(len(BROKEN_BLOCKS)))
+def test_a_broken_exif_block_does_no_harm(block: bytes, kind: str) -> None:
     image = picture(13, 9)
-    np.testing.assert_array_equal(decoded(image, "JPEG", exif=b"Exif\0\0" + block), decoded(image, "JPEG"))
+    np.testing.assert_array_equal(decoded(image, kind, exif=b"Exif\0\0" + block), decoded(image, kind))
+
+
+@pytest.mark.parametrize("damage", [b"\x01\x0d\0\x05", b"\x01\x1a\0\x02", b"\x01\x07\0\x05"], ids=["text", "rational", "short"])
+def test_a_broken_tag_beside_it_does_not_hide_the_orientation(damage: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 1.5
+    block = exif.tobytes()
+    assert block.count(b"\x01\x1a\0\x05") == 1  # the tag of the resolution and its type
+    upright = np.asarray(picture(13, 9))
+    stored = Image.fromarray(as_stored(upright, 6))
+    np.testing.assert_array_equal(decoded(stored, exif=block.replace(b"\x01\x1a\0\x05", damage)), upright)
 
 
 # --- broken files ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,240 @@
+"""Does the package keep the form that its README and CONTRIBUTING promise?"""
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import bit_mixup
+from bit_mixup import cli
+from bit_mixup.config import TransferConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
+FILES = {path.stem: path for path in sorted((ROOT / "bit_mixup").glob("*.py"))}
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# A file imports only from floors below its own, so files of one floor never import each other.
+FLOORS = [
+    {"errors", "catalog", "loading"},
+    {"hyperrule", "sampling", "storage", "environment", "weights", "evaluation"},
+    {"mixup", "images", "runs", "config"},
+    {"sources", "models", "checkpoint"},
+    {"data", "training"},
+    {"prediction", "planning"},
+    {"workflow"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+NO_TORCH = {"errors", "hyperrule", "catalog", "sampling", "storage", "environment", "images", "weights", "runs", "sources", "config",
+            "data", "planning", "cli"}  # fmt: skip
+
+
+def imports(name: str) -> Iterator[str]:
+    """Our own files that a file imports, wherever in it."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{name} imports relatively")
+        if isinstance(node, ast.ImportFrom) and node.module == "bit_mixup":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bit_mixup."):
+            yield str(node.module).split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bit_mixup."))
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def test_every_file_is_on_one_floor() -> None:
+    assert sorted(name for names in FLOORS for name in names) == sorted(set(FILES) - {"__init__"})
+
+
+def test_files_import_only_from_floors_below() -> None:
+    pairs = [(name, other) for name in FLOOR_OF for other in imports(name)]
+    assert len(pairs) > 60
+    for name, other in pairs:
+        assert FLOOR_OF[other] < FLOOR_OF[name], f"{name} imports {other}, which stands on the same floor or above"
+    for name, floor in FLOOR_OF.items():
+        assert floor == 1 + max((FLOOR_OF[other] for other in imports(name)), default=-1), f"{name} could stand lower"
+
+
+def test_the_configuration_stops_at_the_doors() -> None:
+    assert {name for name in FLOOR_OF if "config" in imports(name)} == {"planning", "workflow", "cli"}
+
+
+def test_files_that_plan_import_no_torch() -> None:
+    heavy = {"torch", "timm", "accelerate", "torchmetrics", "torchvision"}
+    for name in NO_TORCH:
+        for node in TREES[name].body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            assert not heavy & {str(module).split(".")[0] for module in names}, f"{name} imports {names}"
+    assert NO_TORCH <= set(FILES)
+
+
+def test_public_names_are_those_of_the_lazy_table() -> None:
+    table = {name: home for home, names in bit_mixup._HOMES.items() for name in names}
+    typed = {a.name: str(node.module).split(".")[1] for node in ast.walk(TREES["__init__"])
+             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("bit_mixup.") for a in node.names}  # fmt: skip
+    assert table == typed
+    assert bit_mixup.__all__ == sorted(table)
+    assert len(table) > 20
+    for name, home in table.items():
+        value = getattr(bit_mixup, name)
+        assert value.__module__ == f"bit_mixup.{home}"
+        assert value.__doc__
+        assert not value.__doc__.startswith(f"{name}("), f"{name} has only the docstring that dataclass makes"
+    assert set(table) <= set(dir(bit_mixup))
+    with pytest.raises(AttributeError, match="finetune"):
+        bit_mixup.finetune  # noqa: B018
+
+
+def test_names_of_files_and_functions() -> None:
+    names = [function.name for tree in TREES.values() for function in functions(tree)]
+    assert len(names) > 150
+    assert not set(names) & set(FILES)
+    assert not set(FILES) & {"utils", "util", "common", "helpers", "misc", "base", "types"}
+
+
+def test_everything_public_is_documented() -> None:
+    seen = 0
+    for name, tree in TREES.items():
+        assert ast.get_docstring(tree), f"{name} does not say what question it answers"
+        scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
+        for node in (node for scope in scopes for node in scope.body if isinstance(node, ast.FunctionDef | ast.ClassDef)):
+            plain_property = any(isinstance(d, ast.Name) and d.id == "property" for d in getattr(node, "decorator_list", []))
+            if not node.name.startswith("_") and not plain_property:
+                seen += 1
+                assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+    assert seen > 100
+
+
+def test_no_pickles_and_no_remote_code() -> None:
+    refused = re.compile(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b|torch\.(load|save)\(|allow_pickle=True|weights_only"
+                         r"|trust_remote_code|\beval\(\"|\bexec\(", re.MULTILINE)  # fmt: skip
+    files = [*FILES.values(), *RECIPES]
+    assert len(files) > 25
+    for path in files:
+        found = refused.search(path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found[0]}"
+
+
+def test_the_loop_is_under_60_lines() -> None:
+    loop = next(function for function in functions(TREES["training"]) if function.name == "fine_tune")
+    body = ast.unparse(ast.Module(body=loop.body[1:], type_ignores=[]))
+    first, last = loop.body[1].lineno, loop.body[-1].end_lineno
+    assert last is not None
+    assert "optimizer" in body
+    assert 20 < last - first + 1 < 60
+
+
+def test_files_stay_short() -> None:
+    for name, path in FILES.items():
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 550, f"{name} wants to be two files"
+
+
+# What stands in for a Python protocol, or tells of a programmer's fault.
+OTHER_RAISES = {("__init__", "AttributeError"), ("cli", "SystemExit"), ("hyperrule", "ValueError"), ("weights", "ValueError")}
+
+
+def test_raises_are_of_our_own_classes() -> None:
+    ours = {node.name for node in TREES["errors"].body if isinstance(node, ast.ClassDef)}
+    raised = []
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):  # `raise` and `raise error` pass something on
+                raised.append((name, ast.unparse(node.exc.func)))
+    assert len(raised) > 100
+    assert {(name, error) for name, error in raised if error not in ours} == OTHER_RAISES
+    assert ours - {error for _, error in raised} == {"BitMixupError"}
+
+
+def test_readme_is_short_and_names_every_file() -> None:
+    assert 40 < len(README.splitlines()) < 200
+    for name in set(FILES) - {"__init__", "__main__"}:
+        assert f" {name}.py " in README, f"the tree lacks {name}.py"
+    for path in RECIPES:
+        assert path.name in README
+
+
+def shell_lines() -> list[list[str]]:
+    """The commands of the README's shell blocks, as words."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def dry_run(words: list[str]) -> list[list[str]]:
+    """What make would run, as words."""
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines() if re.match(r"\S*(bit-mixup|torchrun|accelerate) ", line)]
+
+
+def parse(words: list[str]) -> TransferConfig | None:
+    """Gives a command line to the parsers that it would meet; None for commands without a configuration."""
+    program, *rest = words
+    program = Path(program).name
+    if program in ("accelerate", "torchrun"):
+        if program == "accelerate":
+            launcher = import_module("accelerate.commands.launch").launch_command_parser()
+            assert rest.pop(0) == "launch"
+        else:
+            launcher = import_module("torch.distributed.run").get_args_parser()
+        launched = launcher.parse_args(rest)
+        assert launched.training_script == "recipes/fine_tune.py"
+        rest = ["fine-tune", *launched.training_script_args]
+    else:
+        assert program == "bit-mixup"
+    command, *rest = rest
+    if command == "models":
+        return None
+    assert command in ("fine-tune", "plan")
+    if command == "plan":
+        rest, _ = cli._take(rest, {"--processes": True, "--time": False})
+    return cli._configuration(rest, prog=command)
+
+
+def test_commands_of_the_readme_parse() -> None:
+    lines = [words for words in shell_lines() if words[0] in ("bit-mixup", "accelerate", "torchrun")]
+    assert len(lines) >= 3
+    assert len([parse(words) for words in lines if words[1] != "models"]) >= 3
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z0-9-]*):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_make_lines_of_the_readme_expand_to_commands_that_parse() -> None:
+    lines = [words[1:] for words in shell_lines() if words[0] == "make"]
+    assert len(lines) >= 3
+    parsed = [parse(words) for line in lines for words in dry_run(line)]
+    assert {config.dataset for config in parsed if config} >= {"digits", "uoft-cs/cifar10"}
+    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]+)", "\n".join(re.findall(r"`[^`]+`", README))))
+    assert named | {line[0] for line in lines} <= targets()
+
+
+def test_every_make_target_expands_to_commands_that_parse() -> None:
+    found = {target: dry_run([target]) for target in sorted(targets())}
+    assert len(found) >= 15
+    configurations = {target: parse(lines[0]) for target, lines in found.items() if lines}
+    assert {"fine-tune", "plan", "models", "fine-tune-cifar10", "fine-tune-imagenet"} <= set(configurations)
+    paper = {target: config for target, config in configurations.items() if target.startswith("fine-tune-")}
+    assert len(paper) == 5
+    for target, config in paper.items():
+        assert config is not None
+        assert config.model == "resnetv2_50x1_bit.goog_in21k", target
+        assert config.dataset.count("/") == 1, target
+        assert config.label_column, target
+    several = dry_run(["fine-tune", "NPROC=4", "ARGS=--seed 1"])[0]
+    assert Path(several[0]).name in ("torchrun", "accelerate")
+    config = parse(several)
+    assert config is not None
+    assert (config.dataset, config.seed) == ("digits", 1)
