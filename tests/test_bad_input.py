@@ -30,7 +30,13 @@ PNG = io.BytesIO()
 Pillow.new("RGB", (8, 8), "red").save(PNG, "png")
 
 
-SHORT = {"steps": 4, "batch_size": 16, "resize_size": 48, "crop_size": 40}  # so that an input taken for good is soon done
+SHORT = {
+    "steps": 4,
+    "batch_size": 16,
+    "resize_size": 48,
+    "crop_size": 40,
+    "threads": 1,
+}  # so that an input taken for good is soon done
 
 
 class Place:
@@ -534,7 +540,7 @@ SAME_RAISE: dict[str, Case] = {
     ),
     "unknown train split": (DataError, 'train_split "trian".*did you mean "train"', asks(train_split="trian")),
     "steps of a fraction": (ConfigError, "steps is 2.5.*expected .*int", asks(steps=2.5)),
-    "true for a number": (ConfigError, "micro_batch is 0.*at least 1", asks(micro_batch=0)),
+    "a micro-batch of none": (ConfigError, "micro_batch is 0.*at least 1", asks(micro_batch=0)),
 }
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def test_help_lists_every_option(command: str, capsys: pytest.CaptureFixture[str
         main([command, "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    listed = set(re.findall(r"^│ (?:-h, )?--([a-z-]+)", text, re.MULTILINE))
+    listed = set(re.findall(r"^[│ ] +(?:-h, )?--([a-z-]+)", text, re.MULTILINE))
     asked = {field.name.replace("_", "-") for field in fields(TransferConfig)}
     assert asked - listed == set()
     assert len(asked) > 30
@@ -81,7 +80,8 @@ def test_plan_of_the_rule_alone(says) -> None:
         f"download of 273 MB from the hub (timm/{R50}), unless cached",
         'preset "code", data set "small" (below 20,000 training examples), pictures below 96x96',
         "500 steps of SGD, momentum 0.9",
-        "steps 0-99: 0 rising to 0.00297; steps 100-200: 0.003; steps 201-300: 0.0003; steps 301-400: 3e-05; steps 401-499: 3e-06",
+        "steps 0-99: 0 rising to 0.00297; steps 100-200: 0.003; steps 201-300: 0.0003;",
+        "steps 301-400: 3e-05; steps 401-499: 3e-06",
         "pictures resized to 160x160, cropped to 128x128, mirrored half of the time; bilinear",
         "off: the rule mixes from 20,000 training examples on. Turn it on with --mixup-alpha 0.1",
         "512 examples a step = 1 process(es) x ",
@@ -114,7 +114,6 @@ def test_plan_marks_what_was_overridden(says, tiny_bit: Path) -> None:
 
 @pytest.mark.parametrize("count", ["--processes 4", "--processes=4"])
 def test_plan_for_several_processes(count: str, says, tiny_bit: Path) -> None:
-    assert "128 examples a step [--preset light; the rule: 512] = 4" not in says(f"plan --dataset digits --preset light {count}")
     text = says(f"plan --dataset digits --model {tiny_bit} --preset light --micro-batch 16 {count}")
     assert "128 examples a step = 4 process(es) x 2 micro-batch(es) of up to 16" in text
 
@@ -143,13 +142,13 @@ finally:
 )
 def test_answers_come_at_once_and_without_torch(line: str, seconds: float) -> None:
     for _ in range(2):  # a second chance where the machine was busy
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", FRESH, *line.split()], cwd=ROOT, env=os.environ, capture_output=True, text=True
-        )
-        taken = time.perf_counter() - start
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", FRESH, *line.split()], cwd=ROOT, capture_output=True, text=True)
+        after = os.times()
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout) > 500
+        # Processor time, which other processes do not lengthen; these commands wait for nothing.
+        taken = after.children_user + after.children_system - before.children_user - before.children_system
         if taken < seconds:
             return
     raise AssertionError(f"{line} took {taken:.2f} s, more than {seconds} s")
