@@ -314,7 +314,12 @@ def _labels(data: Dataset, split: str, column: str, values: list[Any]) -> Labels
     feature = data.features[column]
     raw = data[column][:]
     if isinstance(feature, ClassLabel):
-        return _class_labels(raw, split, column, feature, len(values))
+        labels = _class_labels(raw, split, column, feature, len(values))
+        if values == list(range(len(values))):
+            return labels
+        # The training split has plain strings or numbers, so these labels mean what their names or numbers say.
+        named = isinstance(values[0], str)
+        raw = [None if label == UNLABELLED else feature.names[label] if named else int(label) for label in labels]
     index: dict[Any, int] = {value: position for position, value in enumerate(values)}
     if not values or not isinstance(values[0], str):
         index[UNLABELLED] = UNLABELLED

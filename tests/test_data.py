@@ -224,6 +224,13 @@ def test_class_labels_in_another_order_are_aligned_by_name() -> None:
     assert load_image_dataset(DatasetDict(train=train, test=test)).test.labels.tolist() == [2, 0, 1]
 
 
+def test_class_labels_beside_plain_labels_mean_what_they_say() -> None:
+    train, test = in_memory(["b", "a", "c"] * 2), in_memory([0, 2, 1], ClassLabel(names=["c", "a", "b"]))
+    assert load_image_dataset(DatasetDict(train=train, test=test)).test.labels.tolist() == [2, 1, 0]
+    numbers, test = in_memory([3, 1, 2] * 2), in_memory([1, 3, 2], ClassLabel(names=["none", "one", "two", "three"]))
+    assert load_image_dataset(DatasetDict(train=numbers, test=test)).test.labels.tolist() == [0, 2, 1]
+
+
 def test_a_selection_in_memory_has_only_its_own_classes() -> None:
     whole = in_memory(["a", "b", "a", "b", "z", "z"])
     data = load_image_dataset(DatasetDict(train=whole.select([3, 2, 1, 0]), test=whole.select([1, 2])))
