@@ -9,7 +9,7 @@ To repeat (the model card, ``README.md`` beside the weights, is written by hand 
     OMP_NUM_THREADS=1 python recipes/pretrain_bundled.py
 
 Drawings, log and checkpoint lie in ``--cache``; a killed run goes on from its checkpoint when it is started again.
-Every draw is a function of (seed, step). Nothing but training loss and classes held out from it served for choices.
+Every draw is a function of (seed, step). Fifty classes are held out from training and scored (few-shot) at the end.
 """
 
 from __future__ import annotations
