@@ -83,7 +83,8 @@ def restore_checkpoint(run: RunFolder, model: torch.nn.Module, optimizer: torch.
         raise CheckpointError(f"checkpoint {newest} can not be read: {error}. Remove it to go on from the one before.") from error
     for name, parameter in model.named_parameters():
         if name in momentum:
-            optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter)
+            buffer = torch.empty_like(parameter).copy_(momentum[name])  # in the parameter's memory layout
+            optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     logger.info("resumed from %s", newest)

@@ -84,7 +84,8 @@ class TransferConfig:
     precision: Precision | None = None
     """Of the forward and backward pass. None: what the Accelerate configuration says, else fp32. fp16 needs an accelerator."""
     micro_batch: int | None = None
-    """Most examples of one backward pass. None: what fits into about 6 GiB. It has no say in the result, beyond rounding."""
+    """Most examples of one backward pass. None: what fits into about 6 GiB, but never less than a group of mixup. It has no say
+    in the result, beyond rounding."""
     num_workers: int | None = None
     """Processes that decode pictures. None: 0 on the CPU, else up to 8."""
     threads: int | None = None
@@ -123,8 +124,8 @@ class TransferConfig:
             raise ConfigError("resolution model contradicts resize_size and crop_size: give one or the other.")
 
     def as_json(self) -> dict[str, Any]:
-        """As plain values for `config.json`; `from_json` reads it back."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        """As plain values for `config.json`; `from_json` reads it back. What belongs to one start only is left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("resume", "overwrite")}
         return {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in values.items()}
 
     @classmethod
@@ -140,10 +141,6 @@ class TransferConfig:
             raise ConfigError(f"{path} can not be read as a configuration: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a JSON object of options, such as a run's config.json.")
-        if isinstance(values.get("decay_steps"), list):
-            values["decay_steps"] = tuple(values["decay_steps"])
-        if isinstance(values.get("output_dir"), str):
-            values["output_dir"] = Path(values["output_dir"])
         if values.get("mixup_alpha") == "inf":
             values["mixup_alpha"] = math.inf
         return configure(**{**values, **changes})
@@ -165,7 +162,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def configure(**options: Any) -> TransferConfig:
-    """A `TransferConfig` of keyword arguments.
+    """A `TransferConfig` of keyword arguments. Paths may be strings, and the other way round; tuples may be lists.
 
     Raises:
         ConfigError: an unknown name, a missing data set, or a wrong value.
@@ -176,6 +173,13 @@ def configure(**options: Any) -> TransferConfig:
             raise ConfigError(f'there is no option "{name}"{did_you_mean(name, known)}. `bit-mixup fine-tune --help` lists them.')
     if "dataset" not in options:
         raise ConfigError('no data set was named. Give dataset, for instance "uoft-cs/cifar10", a folder, or "digits".')
+    for name in ("dataset", "model"):
+        if isinstance(options.get(name), Path):
+            options[name] = str(options[name])
+    if isinstance(options.get("output_dir"), str):
+        options["output_dir"] = Path(options["output_dir"])
+    if isinstance(options.get("decay_steps"), list):
+        options["decay_steps"] = tuple(options["decay_steps"])
     return TransferConfig(**options)
 
 
@@ -218,9 +222,15 @@ def resolve(config: TransferConfig, *, num_examples: int, image_area: float, wei
     asked = {f.name: getattr(config, f.name) for f in fields(HyperParameters)}
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.get("crop_size") and not asked.get("resize_size"):
-        asked["resize_size"] = max(hyper.resize_size, asked["crop_size"])
+        hyper = replace(
+            hyper, resize_size=round(asked["crop_size"] * hyper.resize_size / hyper.crop_size), crop_size=asked["crop_size"]
+        )
+        reasons["resize_size"] = "in proportion to --crop-size"
     if asked.get("resize_size") and not asked.get("crop_size"):
-        asked["crop_size"] = min(hyper.crop_size, asked["resize_size"])
+        hyper = replace(
+            hyper, resize_size=asked["resize_size"], crop_size=round(asked["resize_size"] * hyper.crop_size / hyper.resize_size)
+        )
+        reasons["crop_size"] = "in proportion to --resize-size"
     hyper = replace(hyper, **asked)
     reasons |= {name: f"--{name.replace('_', '-')}" for name in asked}
     changed = {name: why for name, why in reasons.items() if getattr(hyper, name) != getattr(rule, name)}

@@ -52,8 +52,8 @@ class Part:
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The undecoded pictures at these indices."""
         column = self.pictures.column_names[0]
-        pictures: list[dict[str, Any]] = self.pictures[[int(self.rows[index]) for index in indices]][column]
-        return pictures
+        pictures = self.pictures[[int(self.rows[index]) for index in indices]][column]
+        return [picture or {"bytes": None, "path": None} for picture in pictures]
 
     def where(self, index: int, encoded: dict[str, Any]) -> str:
         """How a message names an example."""
@@ -93,7 +93,7 @@ class ImageDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of class names and of the rows and labels of each part: equal for equal examples in equal order."""
+        """A hash of class names, of the revision, and of the rows and labels of each part; pixels are not looked at."""
         digest = hashlib.sha256(repr((self.class_names, self.revision)).encode())
         for part in (self.train, self.test, self.validation):
             if part is not None:
@@ -299,7 +299,10 @@ def _part(source: Source, split: str, image_column: str, label_column: str, valu
 def _undecoded(pictures: Dataset, column: str, folder: Path) -> Dataset:
     feature = pictures.features[column]
     if isinstance(feature, Value) and "string" in feature.dtype:
-        paths = [{"path": str(folder / Path(path).expanduser()), "bytes": None} for path in pictures[column][:]]
+        names = pictures[column][:]
+        if None in names:
+            raise DataError(f'row {names.index(None)} of column "{column}" names no picture. Fill it or remove the row.')
+        paths = [{"path": str(folder / Path(path).expanduser()), "bytes": None} for path in names]
         missing = next((row for row, p in enumerate(paths) if not Path(str(p["path"])).is_file()), None)
         if missing is not None:
             raise DataError(

@@ -90,8 +90,11 @@ def read_environment(
             raise ConfigError(
                 f"the Accelerate configuration uses {what}, which is not supported. Use DDP (distributed_type MULTI_GPU)."
             )
-    num_processes = int(variables.get("WORLD_SIZE", "1"))
-    local = int(variables.get("LOCAL_WORLD_SIZE", str(num_processes)))
+    try:
+        num_processes = int(variables.get("WORLD_SIZE", "1"))
+        local = int(variables.get("LOCAL_WORLD_SIZE", str(num_processes)))
+    except ValueError as error:
+        raise ConfigError(f"WORLD_SIZE or LOCAL_WORLD_SIZE is not a whole number ({error}). Start with torchrun.") from error
     notes = []
     if "ACCELERATE_MIXED_PRECISION" in variables:
         notes.append("started by accelerate launch; even_batches and split_batches do not apply, as batches are cut by position")

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from bit_mixup.errors import DataError
+from bit_mixup.errors import DataError, NonFiniteError
 
 NUM_BINS = 15
 
@@ -84,6 +84,11 @@ def _escape(name: str) -> str:
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
 
 
+def _share(score: Tensor, count: int) -> float:
+    """A share of `count` examples, exactly: torchmetrics rounds it to single precision."""
+    return round(float(score) * count) / count
+
+
 def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> EvaluationReport:
     """Scores logits against labels.
 
@@ -94,10 +99,13 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
 
     Raises:
         DataError: no examples, or shapes that do not fit.
+        NonFiniteError: a logit is not a finite number.
     """
     num_classes = len(class_names)
     if logits.shape != (len(labels), num_classes) or not len(labels):
         raise DataError(f"logits {tuple(logits.shape)}, {len(labels)} labels and {num_classes} class names do not fit together.")
+    if not logits.isfinite().all():
+        raise NonFiniteError("the model's logits are not all finite numbers: there is nothing to score.")
     logits = logits.double()
     probs = logits.softmax(dim=1)
     support = torch.bincount(labels, minlength=num_classes).tolist()
@@ -105,10 +113,10 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
     present = [recall for recall, count in zip(recalls, support, strict=True) if count]
     top5 = None
     if num_classes > 5:
-        top5 = float(multiclass_accuracy(logits, labels, num_classes=num_classes, top_k=5, average="micro"))
+        top5 = _share(multiclass_accuracy(logits, labels, num_classes=num_classes, top_k=5, average="micro"), len(labels))
     return EvaluationReport(
         num_examples=len(labels),
-        accuracy=float(multiclass_accuracy(logits, labels, num_classes=num_classes, average="micro")),
+        accuracy=_share(multiclass_accuracy(logits, labels, num_classes=num_classes, average="micro"), len(labels)),
         top5_accuracy=top5,
         macro_f1=float(multiclass_f1_score(logits, labels, num_classes=num_classes, average="macro")),
         balanced_accuracy=math.fsum(present) / len(present),

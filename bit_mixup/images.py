@@ -43,16 +43,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     grey, CMYK and the like are converted.
 
     Raises:
-        DataError: a mode whose range is unknown (floating point, 32-bit integers above 65,535).
+        DataError: a mode whose range is unknown (floating point, 32-bit integers).
     """
     image.load()  # what is cut short shows here, not inside of _upright
+    scaled = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # as older Pillows open 16 bits
+    if image.mode in ("I", "F") and not scaled:
+        kind = "floating-point values" if image.mode == "F" else "32-bit integers"
+        raise DataError(f"the picture holds {kind}, whose range is unknown. Save it with 8 or 16 bits.")
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
+    if scaled:
         image = _scale_16_bits(image)
-    elif image.mode == "F":
-        raise DataError("the picture holds floating-point values, whose range is unknown. Save it with 8 or 16 bits.")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         opaque = image.convert("RGBA")
         white = Image.new("RGBA", opaque.size, "white")
@@ -71,8 +73,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _scale_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65_535:
-        raise DataError(f"the picture holds values from {values.min()} to {values.max()}; 8 or 16 bits were expected.")
     return Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8))
 
 

@@ -61,8 +61,8 @@ def mix(images: Tensor, targets: Tensor, lam: float | Tensor, partners: Tensor) 
     Returns:
         Mixed images and targets, of the shapes given. The arguments are left as they are.
     """
-    weight = lam if isinstance(lam, float) else lam.to(images).view(-1, 1, 1, 1)
-    target_weight = lam if isinstance(lam, float) else lam.to(targets).view(-1, 1)
+    weight = lam.to(images).view(-1, 1, 1, 1) if isinstance(lam, Tensor) else lam
+    target_weight = lam.to(targets).view(-1, 1) if isinstance(lam, Tensor) else lam
     return (
         images * weight + images[partners] * (1 - weight),
         targets * target_weight + targets[partners] * (1 - target_weight),
@@ -111,5 +111,5 @@ class Mixup:
             lam = draw_lam(self.alpha, seed=seed, index=step)
         else:
             draws = [draw_lam(self.alpha, seed=seed, index=start + offset) for offset in range(len(images))]
-            lam = torch.tensor(draws, dtype=torch.float64, device=images.device)
+            lam = torch.tensor(draws, dtype=images.dtype, device=images.device)
         return mix(images, targets, lam, choose_partners(start, groups, seed=seed).to(images.device))

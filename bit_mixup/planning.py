@@ -59,7 +59,7 @@ class Plan:
     def memory_bytes(self) -> int:
         """Estimate for each process: weights, gradients, momentum and standardised weights, and saved activations."""
         parameters = 4 * self.weights.shape.parameter_count(self.data.num_classes)
-        copies = 5 if self.environment.num_processes > 1 else 4  # DDP's buckets are one more
+        copies = 6 if self.environment.num_processes > 1 else 4  # two more while gradients are summed over processes
         half = 1 if self.environment.precision == "fp32" else 2
         activations = self.weights.shape.activation_bytes(self.resolution.hyper.crop_size) // half
         return copies * parameters + activations * self.largest_micro_batch
@@ -252,5 +252,5 @@ def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_p
     if micro_batch is None:
         # A function of model and resolution alone, never of the memory that happens to be free: rounding depends on the cut.
         fitting = ACTIVATION_BUDGET // weights.shape.activation_bytes(hyper.crop_size)
-        micro_batch = max(fitting // GROUP_SIZE * GROUP_SIZE, GROUP_SIZE + 1 if hyper.mixup_alpha else 1)
+        micro_batch = max(fitting // GROUP_SIZE * GROUP_SIZE or fitting, GROUP_SIZE + 1 if hyper.mixup_alpha else 1)
     return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=group_size)

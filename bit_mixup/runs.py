@@ -6,6 +6,7 @@ model/        timm's hub layout       report.json, report.md
 """
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bit_mixup.errors import CheckpointError
-from bit_mixup.storage import read_json, remove_leftovers, write_json, write_text
+from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_leftovers, write_json, write_text
+
+TRACKER_PROJECT = "bit_mixup"  # also the folder that a tracker such as tensorboard writes into
 
 # What may differ between the start of a run and its resumption: it has no say in what is computed (beyond rounding).
 FREE_ON_RESUME = frozenset(
@@ -54,7 +57,8 @@ class RunFolder:
 
     def list_checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first. What has been renamed to its place is whole."""
-        return sorted(self.checkpoints.glob("step_*"), key=lambda path: (len(path.name), path.name))
+        found = [path for path in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     @property
     def model(self) -> Path:
@@ -82,10 +86,12 @@ class RunFolder:
             raise CheckpointError("resume and overwrite contradict each other: go on with the run, or start it anew?")
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; output_dir must be a folder.")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(entry.name.startswith(TEMPORARY_PREFIX) for entry in self.path.iterdir()):
             return
-        if not self.config.is_file():
-            raise CheckpointError(f"{self.path} is not empty and holds no run (no config.json). Choose another output_dir.")
+        if not self.config.is_file() or "dataset" not in read_json(self.config):
+            raise CheckpointError(
+                f"{self.path} is not empty and holds no run (no config.json of one). Choose another output_dir."
+            )
         if resume:
             self.compare("config.json", read_json(self.config), asked)
         elif not overwrite:
@@ -110,17 +116,27 @@ class RunFolder:
 
         Raises:
             CheckpointError: a checkpoint waits, but data, weights or rule resolve to something else than when the run was
-                started; nothing has been changed.
+                started; nothing has been changed. (Where they agree, the record of the first start stays.)
         """
-        if overwrite and self.config.is_file():
-            shutil.rmtree(self.path)
-        elif self.plan.is_file() and self.list_checkpoints():
+        if overwrite and self.path.is_dir():
+            self._delete()
+        goes_on = self.plan.is_file() and bool(self.list_checkpoints())
+        if goes_on:
             self.compare("plan.json", read_json(self.plan)["resolved"], resolved["resolved"])
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         remove_leftovers(self.checkpoints)
+        if goes_on:
+            return
         write_json(self.config, asked)
         write_json(self.plan, resolved)
+
+    def _delete(self) -> None:
+        """Removes what a run writes, and nothing else; `config.json` last, so that what is left still looks like a run."""
+        for folder in (self.checkpoints, self.model, self.path / TRACKER_PROJECT):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics, self.report, self.table, self.nonfinite, self.plan, self.config):
+            file.unlink(missing_ok=True)
 
     def trim_metrics(self, step: int) -> None:
         """Forgets the lines of steps from `step` on: they are about to be repeated."""
@@ -139,6 +155,8 @@ class RunFolder:
         """Appends a JSON line for each step."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""

@@ -6,7 +6,7 @@ knows which column is which, and torch is not imported.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -50,17 +50,20 @@ def open_source(source: str | Dataset | DatasetDict, *, config: str | None = Non
     Raises:
         DataError: there is no such thing, or it can not be read.
     """
-    if isinstance(source, Dataset):
-        return Source(splits={"train": source})
-    if isinstance(source, DatasetDict):
-        return Source(splits=dict(source))
-    opened = _open_local(source)
+    opened = _open_memory(source) if isinstance(source, Dataset | DatasetDict) else _open_local(source)
     if opened is None:
-        return _from_hub(source, config=config, revision=revision)
+        opened = _from_hub(str(source), config=config, revision=revision)
+        config = revision = None
+    where = source if isinstance(source, str) else "the data set in memory"
     for flag, value in (("dataset_config", config), ("dataset_revision", revision)):
         if value is not None:
-            raise DataError(f'{flag} "{value}" was given, but {source} is data of this machine: leave it out.')
-    return opened
+            raise DataError(f'{flag} "{value}" was given, but {where} is data of this machine: leave it out.')
+    # A format or transform that somebody has set would come between us and the stored values.
+    return replace(opened, splits={name: split.with_format(None) for name, split in opened.splits.items()})
+
+
+def _open_memory(source: Dataset | DatasetDict) -> Source:
+    return Source(splits={"train": source} if isinstance(source, Dataset) else dict(source))
 
 
 def _open_local(name: str) -> Source | None:

@@ -15,6 +15,7 @@ from typing import Any
 from bit_mixup.errors import CheckpointError
 
 TEMPORARY_PREFIX = ".writing-"
+ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"  # a folder can not be replaced in one go: the old one waits here for a moment
 
 
 def _flush(path: Path) -> None:
@@ -65,10 +66,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*")):
             _flush(file)
         _flush(temporary)
+        aside = path.parent / f"{ASIDE_PREFIX}{path.name}"
         if path.exists():
-            shutil.rmtree(path)
+            os.rename(path, aside)
         os.rename(temporary, path)
         _flush(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -76,5 +79,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted write left in a folder, if there is such a folder."""
+    for path in folder.glob(f"{ASIDE_PREFIX}*"):
+        place = folder / path.name.removeprefix(ASIDE_PREFIX)
+        if not place.exists():
+            os.rename(path, place)
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

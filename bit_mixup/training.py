@@ -58,7 +58,7 @@ def fine_tune(
         keep_checkpoints: how many of the newest stay.
 
     Returns:
-        The model given, trained and not wrapped.
+        The model given, trained.
 
     Raises:
         NonFiniteError: a loss or weight was not finite. No checkpoint holds one.
@@ -68,9 +68,8 @@ def fine_tune(
     first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
     normalize, dtype, num_classes = Normalize.of(model), next(model.parameters()).dtype, int(model.num_classes)
     own_cuts = cuts[accelerator.process_index]
-    network = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone: gradients are summed below
     wrapped = accelerator.prepare_optimizer(optimizer)
-    network.train()
+    model.train()
     positions = PositionBatches(own_cuts, batch_size=hyper.batch_size, first_step=first_step, steps=hyper.steps)
     batches = load_batches(stream, positions, num_workers=num_workers, device=accelerator.device)
     log = StepLog(accelerator, run, stream, hyper, first_step=first_step)
@@ -84,7 +83,9 @@ def fine_tune(
             targets = F.one_hot(labels, num_classes).to(dtype)
             start = cut.positions(step, hyper.batch_size).start
             images, targets = mixup(images, targets, seed=seed, step=step, start=start, groups=cut.groups)
-            loss = F.cross_entropy(network(images), targets, reduction="sum") * (cut.weight / hyper.batch_size)
+            with accelerator.autocast():
+                logits = model(images)
+            loss = F.cross_entropy(logits.to(dtype), targets, reduction="sum") * (cut.weight / hyper.batch_size)
             accelerator.backward(loss)
             step_loss += loss.detach()
         _sum_gradients(model, accelerator)
@@ -100,9 +101,7 @@ def fine_tune(
             save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
     log.close()
     accelerator.wait_for_everyone()
-    trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-    assert isinstance(trained, ResNetV2)
-    return trained.to(memory_format=torch.contiguous_format)
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def _sum_gradients(model: ResNetV2, accelerator: Accelerator) -> None:
@@ -161,7 +160,7 @@ class StepLog:
             return
         steps, losses, norms = zip(*self._waiting, strict=True)
         self._waiting.clear()
-        values = self.accelerator.reduce(torch.stack(losses).double(), reduction="sum").tolist()
+        values = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         finite_norms = torch.stack(norms).isfinite().tolist()
         speed = len(steps) * self.hyper.batch_size / (time.perf_counter() - self._since)
         rows = [

@@ -62,7 +62,11 @@ class Weights:
     @property
     def short_name(self) -> str:
         """A name fit for a folder."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.name).stem if self.file and "/" in self.name else self.name)
+        name = self.name
+        if self.file is not None and "/" in name and self.revision is None:
+            folder = self.file.parent if self.file.name == WEIGHTS_FILE else self.file.with_suffix("")
+            name = folder.parent.name if folder.name == "model" else folder.name  # runs/NAME/model is called NAME
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def find_weights(name_or_path: str) -> Weights:

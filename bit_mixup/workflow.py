@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict
 from timm.models.resnetv2 import ResNetV2
 
@@ -28,14 +28,14 @@ from bit_mixup.mixup import Mixup
 from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, build_bit, save_model, std_eps_effect
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.prediction import predict_logits
-from bit_mixup.storage import whole_folder, write_json, write_text
+from bit_mixup.runs import TRACKER_PROJECT
+from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 from bit_mixup.training import fine_tune
 from bit_mixup.weights import fetch
 
 logger = logging.getLogger(__name__)
 
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "aim": "aim", "mlflow": "mlflow",
-             "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio"}  # fmt: skip
+_TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 _DISTRIBUTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
 
@@ -91,7 +91,13 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
             project_dir=str(plan.run.path),
             cpu=not torch.accelerator.is_available(),  # else, on the CPU, Accelerate takes no notice of torchrun's processes
         )
-        assert accelerator.num_processes == plan.environment.num_processes
+        if accelerator.num_processes != plan.environment.num_processes:
+            raise ConfigError(
+                f"the launcher announces {plan.environment.num_processes} processes, but Accelerate joins "
+                f"{accelerator.num_processes}. Start with torchrun or accelerate launch."
+            )
+        if plan.environment.precision == "fp16" and accelerator.device.type == "cpu":
+            raise ConfigError("precision fp16 needs an accelerator, but Accelerate is told to use the CPU. Use bf16 or fp32.")
         atexit.register(accelerator.state.destroy_process_group)  # not sooner: this process may start another run
         if accelerator.distributed_type not in _DISTRIBUTED:
             raise ConfigError(f"distributed type {accelerator.distributed_type.value} is not supported; use DDP.")
@@ -103,14 +109,15 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
         weights = plan.weights if plan.weights.revision else fetch(plan.weights, revision=config.revision)
     plan = replace(plan, weights=weights)
-    set_seed(config.seed)
     model = build_bit(weights, num_classes=plan.data.num_classes, std_eps=config.std_eps)
     effect = std_eps_effect(model)
     std_eps = config.std_eps or weights.std_eps or TIMM_STD_EPS
     if accelerator.is_main_process:
         resolved = {**plan.resolved(), "std_eps": std_eps}
-        run.open(config.as_json(), _record(plan, resolved), overwrite=config.overwrite)
+        record = _record(plan, resolved)
+        run.open(config.as_json(), record, overwrite=config.overwrite)
         print(plan.text())
+        _note_other_environment(read_json(run.plan)["environment"], record["environment"])
         print(
             f"{'':<9} smallest variance of a filter {effect.smallest_variance:.3g}: std_eps {TIMM_STD_EPS:g} instead of "
             f"{REFERENCE_STD_EPS:g} changes {effect.of} by {effect.relative_change:.2g} of the largest (in use: {std_eps:g})\n",
@@ -119,7 +126,7 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     accelerator.wait_for_everyone()
     if config.tracker:
         accelerator.init_trackers(
-            "bit_mixup", config={k: v for k, v in config.as_json().items() if isinstance(v, int | float | str)}
+            TRACKER_PROJECT, config={k: v for k, v in config.as_json().items() if isinstance(v, int | float | str)}
         )
     workers = config.num_workers if config.num_workers is not None else _default_workers(accelerator)
     stream = TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed)
@@ -141,6 +148,10 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     validation = _score(plan, model, plan.data.validation, accelerator, workers) if plan.data.validation else None
     if accelerator.is_main_process:
         _write(plan, model, report, validation, std_eps=std_eps)
+        effect = std_eps_effect(model)
+        print(
+            f"\nstd_eps {TIMM_STD_EPS:g} instead of {REFERENCE_STD_EPS:g} changes the {effect.of} by {effect.relative_change:.2g}"
+        )
     accelerator.log({"test_accuracy": report.accuracy, "test_nll": report.nll}, step=hyper.steps)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -168,6 +179,13 @@ def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
         },
         "rows": _few_shot_rows(plan),
     }
+
+
+def _note_other_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Says what a resumed run does otherwise than its first start, where that may show in the last bits."""
+    for name in ("processes", "threads", "micro_batches", "device", "versions"):
+        if before[name] != now[name]:
+            print(f"{'':<9} NOTE: resumed with other {name}: {before[name]} -> {now[name]}; the last bits may differ")
 
 
 def _few_shot_rows(plan: Plan) -> list[int] | None:
@@ -207,7 +225,7 @@ def _check_device_and_tracker(plan: Plan) -> None:
         return
     if tracker not in _TRACKERS:
         raise ConfigError(f'tracker "{tracker}"{did_you_mean(tracker, _TRACKERS)}: Accelerate knows {", ".join(_TRACKERS)}.')
-    if find_spec(_TRACKERS[tracker]) is None:
+    if find_spec(tracker) is None:
         raise ConfigError(
             f'tracker "{tracker}" is not installed. Install it with `pip install {tracker}`, or leave --tracker out.'
         )

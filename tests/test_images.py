@@ -188,10 +188,10 @@ def test_16_bits_are_scaled_and_not_clipped(kind: str) -> None:
     assert {value: int(result[..., 0].flat[value]) for value in wanted} == wanted
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_other_ways_to_hold_16_bits(mode: str) -> None:
     values = np.array([[0, 257, 32_768], [65_535, 40_000, 128]])
-    raw = values.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]).tobytes()
+    raw = values.astype({"I;16": "<u2", "I;16B": ">u2"}[mode]).tobytes()
     result = np.asarray(to_rgb(Image.frombytes(mode, (3, 2), raw)))
     assert result[..., 1].tolist() == [[0, 1, 128], [255, 156, 0]]
 
@@ -199,15 +199,14 @@ def test_other_ways_to_hold_16_bits(mode: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0, 65_536]], dtype=np.int32), "values from 0 to 65536"),
-        (np.array([[-1, 7]], dtype=np.int32), "values from -1 to 7"),
+        (np.array([[0, 254]], dtype=np.int32), "32-bit integers"),  # scaled as 16 bits they would turn black
         (np.array([[0.5, 1.0]], dtype=np.float32), "floating-point"),
     ],
 )
 def test_values_of_unknown_range_are_refused(values: Pixels, message: str) -> None:
     with pytest.raises(DataError, match=message):
         to_rgb(Image.fromarray(values))
-    with pytest.raises(DataError, match=f"train row 3: the picture holds .*{message.removeprefix('values ')}"):
+    with pytest.raises(DataError, match=f"train row 3: the picture holds .*{message}"):
         decode(encoded(Image.fromarray(values), "TIFF"), where="train row 3")
 
 
