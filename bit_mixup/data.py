@@ -141,7 +141,7 @@ def load_image_dataset(
     feature = opened.splits[split].features[label_column]
     notes = [f'pictures from column "{image_column}", classes from "{label_column}"']
     class_names, values = _classes(opened.splits[split], label_column, split)
-    train = _part(opened, split, image_column, label_column, values)
+    train = _part(opened, split, image_column, label_column, values, class_names)
     unlabelled = np.flatnonzero(train.labels == UNLABELLED)
     if len(unlabelled):
         raise DataError(
@@ -155,7 +155,7 @@ def load_image_dataset(
             "or train_split."
         )
 
-    test, note = _test_part(opened, split, test_split, image_column, label_column, values, train, seed)
+    test, note = _test_part(opened, split, test_split, image_column, label_column, values, class_names, seed)
     notes.append(note)
     if test is None:
         test, train = _hold_out(train, TEST_FRACTION, seed=seed)
@@ -281,7 +281,9 @@ def _classes(split: Dataset, column: str, name: str) -> tuple[tuple[str, ...], l
     return tuple(str(value) for value in values), values
 
 
-def _part(source: Source, split: str, image_column: str, label_column: str, values: list[Any]) -> Part:
+def _part(
+    source: Source, split: str, image_column: str, label_column: str, values: list[Any], class_names: tuple[str, ...]
+) -> Part:
     data = source.splits[split]
     for column, flag in ((image_column, "image_column"), (label_column, "label_column")):
         if column not in data.column_names:
@@ -292,7 +294,7 @@ def _part(source: Source, split: str, image_column: str, label_column: str, valu
         name=split,
         pictures=_undecoded(data.select_columns([image_column]), image_column, source.folder),
         rows=np.arange(len(data)),
-        labels=_labels(data, split, label_column, values),
+        labels=_labels(data, split, label_column, values, class_names),
     )
 
 
@@ -312,7 +314,7 @@ def _undecoded(pictures: Dataset, column: str, folder: Path) -> Dataset:
     return pictures.cast_column(column, Image(decode=False))
 
 
-def _labels(data: Dataset, split: str, column: str, values: list[Any]) -> Labels:
+def _labels(data: Dataset, split: str, column: str, values: list[Any], class_names: tuple[str, ...]) -> Labels:
     """Labels as positions in `values`; -1 where a row is unlabelled."""
     feature = data.features[column]
     raw = data[column][:]
@@ -323,6 +325,8 @@ def _labels(data: Dataset, split: str, column: str, values: list[Any]) -> Labels
         # The training split has plain strings or numbers, so these labels mean what their names or numbers say.
         named = isinstance(values[0], str)
         raw = [None if label == UNLABELLED else feature.names[label] if named else int(label) for label in labels]
+    elif isinstance(feature, Value) and "string" in feature.dtype:
+        values = list(class_names)  # the training split may have a ClassLabel of these names
     index: dict[Any, int] = {value: position for position, value in enumerate(values)}
     if not values or not isinstance(values[0], str):
         index[UNLABELLED] = UNLABELLED
@@ -355,7 +359,7 @@ def _test_part(
     image_column: str,
     label_column: str,
     values: list[Any],
-    train: Part,
+    class_names: tuple[str, ...],
     seed: int,
 ) -> tuple[Part | None, str]:
     """The part to score and a note on the choice; None if it must be cut from the training split."""
@@ -363,7 +367,7 @@ def _test_part(
     for name in [asked] if asked is not None else [n for n in TEST_SPLITS if n in source.splits and n != train_split]:
         if name == train_split:
             raise DataError(f'test_split and train_split are both "{name}": scores on training examples mean nothing.')
-        part = _part(source, _pick_split(source, name, "test_split"), image_column, label_column, values)
+        part = _part(source, _pick_split(source, name, "test_split"), image_column, label_column, values, class_names)
         part = replace(part, labels=_in_training_order(part.labels, source, train_split, name, label_column))
         if (part.labels != UNLABELLED).all():
             return part, f'scored on split "{name}"' + (f" (unlabelled: {', '.join(unlabelled)})" if unlabelled else "")

@@ -91,7 +91,7 @@ def fine_tune(
         _sum_gradients(model, accelerator)
         wrapped.step()
         wrapped.zero_grad()
-        log.add(step, step_loss, get_total_norm(model.parameters()))
+        log.add(step, step_loss, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
         done = step + 1
         saving = done % save_every == 0 or done == hyper.steps
         if saving or done % log_every == 0:
@@ -135,7 +135,7 @@ class StepLog:
     stream: Stream
     hyper: HyperParameters
     first_step: int
-    _waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    _waiting: list[tuple[int, Tensor, Tensor, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         main = self.accelerator.is_main_process
@@ -146,9 +146,10 @@ class StepLog:
         )
         self._since = time.perf_counter()
 
-    def add(self, step: int, loss: Tensor, weight_norm: Tensor) -> None:
-        """Notes one step: this process's share of the mean loss, and the norm of all weights after the step."""
-        self._waiting.append((step, loss, weight_norm))
+    def add(self, step: int, loss: Tensor, weight_norm: Tensor, *, skipped: bool) -> None:
+        """Notes one step: this process's share of the mean loss, the norm of all weights after it, and whether fp16's loss scale
+        was found too large, so that the step changed nothing."""
+        self._waiting.append((step, loss, weight_norm, skipped))
 
     def flush(self) -> None:
         """Writes what waits, in all processes together.
@@ -158,7 +159,7 @@ class StepLog:
         """
         if not self._waiting:
             return
-        steps, losses, norms = zip(*self._waiting, strict=True)
+        steps, losses, norms, skips = zip(*self._waiting, strict=True)
         self._waiting.clear()
         values = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         finite_norms = torch.stack(norms).isfinite().tolist()
@@ -167,6 +168,8 @@ class StepLog:
             {"step": step, "loss": loss, "lr": learning_rate(step, self.hyper), "images_per_second": round(speed, 1)}
             for step, loss in zip(steps, values, strict=True)
         ]
+        for row, skipped in zip(rows, skips, strict=True):
+            row |= {"skipped": True} if skipped else {}
         bad = next((i for i, loss in enumerate(values) if not (abs(loss) < float("inf") and finite_norms[i])), len(rows))
         if self.accelerator.is_main_process:
             self.run.add_metrics(rows[:bad])

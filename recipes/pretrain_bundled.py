@@ -33,6 +33,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -283,14 +284,16 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: np.ndarray) ->
     torch.manual_seed(args.seed)
     model = create(len(counts)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    checkpoint, log, first, seconds, losses = args.cache / "checkpoint.pt", args.cache / "log.jsonl", 0, 0.0, []
+    checkpoint, log, first, seconds, losses = args.cache / "checkpoint.safetensors", args.cache / "log.jsonl", 0, 0.0, []
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved["steps"] != args.steps:
-            raise SystemExit(f"{checkpoint} belongs to a run of {saved['steps']} steps: remove it to start anew")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, seconds, losses = saved["step"], saved["seconds"], saved["losses"]
+        with safe_open(checkpoint, "pt") as saved:
+            position = json.loads(saved.metadata()["position"])
+            if position["steps"] != args.steps:
+                raise SystemExit(f"{checkpoint} belongs to a run of {position['steps']} steps: remove it to start anew")
+            model.load_state_dict({name: saved.get_tensor(f"model/{name}") for name in model.state_dict()})
+            for name, parameter in model.named_parameters():
+                optimizer.state[parameter]["momentum_buffer"] = saved.get_tensor(f"momentum/{name}")
+        first, seconds, losses = position["step"], position["seconds"], position["losses"]
     else:
         log.unlink(missing_ok=True)
         export(model[0], args.out)
@@ -314,9 +317,11 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: np.ndarray) ->
                 file.write(json.dumps(entry) + "\n")
         if time.monotonic() - saved_at > args.save_every or step + 1 == args.steps:
             saved_at = time.monotonic()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-            state |= {"step": step + 1, "steps": args.steps, "seconds": elapsed}
-            torch.save(state, checkpoint.with_suffix(".part"))
+            state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+            state |= {f"momentum/{n}": optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}
+            position = {"step": step + 1, "steps": args.steps, "seconds": elapsed, "losses": losses}
+            state = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(state, checkpoint.with_suffix(".part"), metadata={"position": json.dumps(position)})
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
             export(model[0], args.out)
     facts = {"loss": sum(losses) / len(losses), "first_loss": math.log(len(counts)), "classes": len(counts)}

@@ -395,3 +395,11 @@ def test_a_broken_picture_comes_back_as_the_error_to_raise() -> None:
     assert isinstance(error, DataError)
     assert str(error).startswith("train row 1 can not be decoded as a picture (OSError: ")
     assert isinstance(EvaluationView(part=part, view=VIEW).__getitems__([1]), DataError)
+
+
+def test_string_labels_beside_named_classes_mean_the_names(encoded: DatasetDict) -> None:
+    names = encoded["train"].features["label"].names
+    test = encoded["test"].cast_column("label", Value("int64"))
+    strings = test.remove_columns("label").add_column("label", [names[label] for label in test["label"]])
+    found = load_image_dataset(DatasetDict({"train": encoded["train"], "test": strings}))
+    np.testing.assert_array_equal(found.test.labels, load_image_dataset(encoded).test.labels)

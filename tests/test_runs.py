@@ -52,7 +52,6 @@ def test_a_saved_configuration_does_not_bring_overwrite_or_resume_back(quick: di
     with pytest.raises(SystemExit) as stopped:
         command(["fine-tune", "--config", str(saved), "--seed", "1"])
     assert stopped.value.code == 2
-    write_json(saved.parent / "old.json", json.loads(saved.read_text()) | {"overwrite": True})
     assert TransferConfig.from_json(saved) == configure(**quick)
 
 
