@@ -20,8 +20,7 @@ class TransferConfig:
     """Everything that can be asked of a run. None leaves a value to the rule."""
 
     dataset: str
-    """digits (in the package), a folder of class folders, a csv / parquet / json file or a folder of them, a save_to_disk
-    folder, or a hub id such as uoft-cs/cifar10."""
+    """digits (bundled), a folder of class folders, csv / parquet / json files, a save_to_disk folder, or a hub id."""
     dataset_config: str | None = None
     """Configuration of a hub data set that has several."""
     dataset_revision: str | None = None
@@ -42,13 +41,11 @@ class TransferConfig:
     """Share of the training split to hold out and score apart."""
 
     model: str = DEFAULT_MODEL
-    """bundled (in the package), a published architecture.tag (see bit-mixup models), a .safetensors or original .npz file, a
-    folder in timm's hub layout, or user/name of one on the hub."""
+    """bundled, a published architecture.tag (bit-mixup models), a .safetensors or .npz file, a folder, or a hub user/name."""
     revision: str | None = None
     """Branch, tag or commit of weights on the hub."""
     std_eps: float | None = None
-    """Added to the variance in weight standardisation. None: what the weights say, else 1e-8 as in timm; the reference has
-    1e-10."""
+    """Added to the variance of filters. None: what the weights say, else 1e-8 as in timm; the reference has 1e-10."""
 
     preset: Preset = "code"
     """code: the reference's PyTorch code. paper: the paper's text. light: code with batch 128 and rate 0.001."""
@@ -84,8 +81,7 @@ class TransferConfig:
     precision: Precision | None = None
     """Of the forward and backward pass. None: what the Accelerate configuration says, else fp32. fp16 needs an accelerator."""
     micro_batch: int | None = None
-    """Most examples of one backward pass. None: what fits into about 6 GiB, but never less than a group of mixup. It has no say
-    in the result, beyond rounding."""
+    """Most examples of one backward pass; it changes rounding alone. None: what fits into 6 GiB, at least a group of mixup."""
     num_workers: int | None = None
     """Processes that decode pictures. None: 0 on the CPU, else up to 8."""
     threads: int | None = None

@@ -148,10 +148,6 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     validation = _score(plan, model, plan.data.validation, accelerator, workers) if plan.data.validation else None
     if accelerator.is_main_process:
         _write(plan, model, report, validation, std_eps=std_eps)
-        effect = std_eps_effect(model)
-        print(
-            f"\nstd_eps {TIMM_STD_EPS:g} instead of {REFERENCE_STD_EPS:g} changes the {effect.of} by {effect.relative_change:.2g}"
-        )
     accelerator.log({"test_accuracy": report.accuracy, "test_nll": report.nll}, step=hyper.steps)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -203,7 +199,10 @@ def _write(plan: Plan, model: ResNetV2, report: EvaluationReport, validation: Ev
     if validation:
         text += f"\n## Held out of the training split\n\n{validation.table()}"
     write_text(run.table, text)
+    effect = std_eps_effect(model)
     print(f"\n{report.table(worst=10)}")
+    changes = f"changes {effect.of} by {effect.relative_change:.2g} of the largest"
+    print(f"std_eps {TIMM_STD_EPS:g} instead of {REFERENCE_STD_EPS:g} {changes}\n")
     if validation:
         print(f"held out for validation: top-1 accuracy {validation.accuracy:.2%} of {validation.num_examples:,}\n")
     for path, what in (
