@@ -125,7 +125,7 @@ class TransferConfig:
         return {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in values.items()}
 
     @classmethod
-    def from_json(cls, path: Path, **changes: Any) -> "TransferConfig":
+    def from_json(cls, path: Path) -> "TransferConfig":
         """Reads a saved `config.json`.
 
         Raises:
@@ -139,7 +139,7 @@ class TransferConfig:
             raise ConfigError(f"{path} must hold a JSON object of options, such as a run's config.json.")
         if values.get("mixup_alpha") == "inf":
             values["mixup_alpha"] = math.inf
-        return configure(**{**values, **changes})
+        return configure(**values)
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:

@@ -1,6 +1,6 @@
 """What will a run do, and why? Answered before it starts, without torch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bit_mixup.catalog import PUBLISHED
@@ -207,7 +207,7 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
     """
     environment = read_environment(precision=config.precision, threads=config.threads)
     if num_processes is not None:
-        environment = Environment(**{**vars(environment), "num_processes": num_processes})
+        environment = replace(environment, num_processes=num_processes)
     weights = find_weights(config.model)
     run = RunFolder(config.output_dir or default_folder(config.dataset, weights.short_name, config.seed))
     if to_be_run:

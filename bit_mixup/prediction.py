@@ -20,7 +20,6 @@ def predict_logits(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
-    description: str = "evaluating",
 ) -> Tensor:
     """Logits of all examples, (N, K) float32 on the CPU, in their order and in every process.
 
@@ -33,7 +32,7 @@ def predict_logits(
     model.eval()
     parts = [torch.empty(0, int(model.num_classes), device=accelerator.device)]
     batches = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
-    for images, _ in tqdm(batches, total=len(lists), desc=description, unit="batch", disable=not accelerator.is_main_process):
+    for images, _ in tqdm(batches, total=len(lists), desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
         with accelerator.autocast():
             parts.append(model(normalize(images, dtype)).float())
     logits = torch.cat(parts)

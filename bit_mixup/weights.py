@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,9 @@ def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
     file = _download(repository, WEIGHTS_FILE, revision)
     commit = file.parent.name
     if published:
-        return Weights(**{**vars(weights), "file": file, "revision": commit})
+        return replace(weights, file=file, revision=commit)
     found = _from_folder(config.parent, name=weights.name) if config else weights
-    return Weights(**{**vars(found), "file": file, "revision": commit})
+    return replace(found, file=file, revision=commit)
 
 
 def _download(repository: str, filename: str, revision: str | None) -> Path:
@@ -209,7 +209,7 @@ def _from_file(path: Path) -> Weights:
     if path.suffix not in (".safetensors", ".npz"):
         raise WeightsError(f'{path}: files of weights end in .safetensors or .npz, not "{path.suffix}".')
     if path.suffix == ".safetensors" and (path.parent / CONFIG_FILE).is_file() and path.name == WEIGHTS_FILE:
-        return Weights(**{**vars(_from_folder(path.parent, name=str(path))), "file": path})
+        return _from_folder(path.parent, name=str(path))
     shapes = read_shapes(path)
     architecture = _recognise(shapes, path)
     head = shapes.get("head.fc.weight")

@@ -7,7 +7,7 @@ Handwritten digits, 5 and 10 training examples for each class, 5 few-shot seeds,
   from scratch     the bundled architecture with random weights, the best of three rates *by test score*: a favour to the baseline
   pretrained       the bundled weights at the rule's rate, nothing tuned
 Both networks take the same 200 steps of 64 pictures at 40 px without mirroring. About 40 runs of half a minute on one core; every
-run has a folder under --folder, and a second start goes on where the first stopped. --seeds and --shots make it shorter.
+run has a folder under --folder, and a second start goes on where the first stopped. --seeds and --examples-per-class shorten it.
 """
 
 import argparse
@@ -84,35 +84,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/few-shot"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, default=5, help="few-shot seeds, from 0")
-    parser.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="examples for each class")
+    parser.add_argument("--examples-per-class", type=int, nargs="+", default=[5, 10], help="examples for each class")
     parser.add_argument("--methods", nargs="+", default=["nearest", "scratch", "pretrained"], help="which rows to compute")
     asked = parser.parse_args(argv)
-    folder, seeds = asked.folder, range(asked.seeds)
-    lines = [f"| median (range) of {asked.seeds} seeds | " + " | ".join(f"{shots} a class" for shots in asked.shots) + " |"]
-    lines.append("|---" * (len(asked.shots) + 1) + "|")
+    folder, seeds, counts = asked.folder, range(asked.seeds), asked.examples_per_class
+    lines = [f"| median (range) of {asked.seeds} seeds | " + " | ".join(f"{count} a class" for count in counts) + " |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
     if "nearest" in asked.methods:
-        lines.append(row("raw-pixel 1-NN", {shots: [nearest_neighbour(shots, seed) for seed in seeds] for shots in asked.shots}))
+        lines.append(row("raw-pixel 1-NN", {count: [nearest_neighbour(count, seed) for seed in seeds] for count in counts}))
     if "scratch" in asked.methods:
         best: dict[int, list[float]] = {}
         chosen = []
-        for shots in asked.shots:
+        for count in counts:
             by_rate = {
                 rate: [
                     accuracy(
-                        folder / f"scratch-{shots}-{rate}-{seed}", str(random_weights(folder, seed)), shots, seed, base_lr=rate
+                        folder / f"scratch-{count}-{rate}-{seed}", str(random_weights(folder, seed)), count, seed, base_lr=rate
                     )
                     for seed in seeds
                 ]
                 for rate in SCRATCH_RATES
             }
             rate = max(by_rate, key=lambda r, scores=by_rate: statistics.median(scores[r]))
-            best[shots] = by_rate[rate]
+            best[count] = by_rate[rate]
             chosen.append(f"{rate:g}")
         lines.append(row(f"from scratch (rates {', '.join(chosen)})", best))
     if "pretrained" in asked.methods:
         scores = {
-            shots: [accuracy(folder / f"pretrained-{shots}-{seed}", BUNDLED, shots, seed) for seed in seeds]
-            for shots in asked.shots
+            count: [accuracy(folder / f"pretrained-{count}-{seed}", BUNDLED, count, seed) for seed in seeds] for count in counts
         }
         lines.append(row("pretrained (bundled)", scores))
     print("\n".join(["", *lines]))
