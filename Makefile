@@ -43,19 +43,19 @@ fine-tune: $(READY) ## fine-tune MODEL (bundled) on DATASET (digits); resumes no
 	$(LAUNCH) --dataset '$(DATASET)' --model '$(MODEL)' $(MODEL_FLAGS) $(DATASET_FLAGS) $(ARGS)
 
 fine-tune-cifar10: $(READY) ## the paper's CIFAR-10, from the hub
-	$(LAUNCH) --model '$(BIT)' --dataset uoft-cs/cifar10 --image-column img --label-column label --test-split test $(ARGS)
+	$(LAUNCH) --model '$(BIT)' --dataset uoft-cs/cifar10 --image-column img --label-column label --train-split train --test-split test $(ARGS)
 
 fine-tune-cifar100: $(READY) ## the paper's CIFAR-100 (fine labels), from the hub
-	$(LAUNCH) --model '$(BIT)' --dataset uoft-cs/cifar100 --image-column img --label-column fine_label --test-split test $(ARGS)
+	$(LAUNCH) --model '$(BIT)' --dataset uoft-cs/cifar100 --image-column img --label-column fine_label --train-split train --test-split test $(ARGS)
 
 fine-tune-pets: $(READY) ## the paper's Oxford-IIIT Pets (breeds), from the hub
-	$(LAUNCH) --model '$(BIT)' --dataset timm/oxford-iiit-pet --image-column image --label-column label --test-split test $(ARGS)
+	$(LAUNCH) --model '$(BIT)' --dataset timm/oxford-iiit-pet --image-column image --label-column label --train-split train --test-split test $(ARGS)
 
 fine-tune-flowers: $(READY) ## the paper's Oxford Flowers-102, from the hub
-	$(LAUNCH) --model '$(BIT)' --dataset Donghyun99/Oxford-Flower-102 --image-column image --label-column label --test-split test $(ARGS)
+	$(LAUNCH) --model '$(BIT)' --dataset Donghyun99/Oxford-Flower-102 --image-column image --label-column label --train-split train --test-split test $(ARGS)
 
 fine-tune-imagenet: $(READY) ## the paper's ImageNet-1k (gated: log in first); its test split is unlabelled
-	$(LAUNCH) --model '$(BIT)' --dataset ILSVRC/imagenet-1k --image-column image --label-column label --test-split validation $(ARGS)
+	$(LAUNCH) --model '$(BIT)' --dataset ILSVRC/imagenet-1k --image-column image --label-column label --train-split train --test-split validation $(ARGS)
 
 plan: $(READY) ## show what fine-tune would do, and why, without training
 	$(BIN)/bit-mixup plan --dataset '$(DATASET)' --model '$(MODEL)' $(MODEL_FLAGS) $(DATASET_FLAGS) $(ARGS)
