@@ -4,7 +4,6 @@ The parameters, SGD's momentum, the fp16 loss scale, and one whole number: the s
 step and position, so nothing else exists. Safetensors and JSON, no pickles; a checkpoint is complete or absent.
 """
 
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,6 @@ from torch import Tensor
 from bit_mixup.errors import CheckpointError
 from bit_mixup.runs import RunFolder
 from bit_mixup.storage import read_json, whole_folder, write_json
-
-logger = logging.getLogger(__name__)
 
 _MODEL, _MOMENTUM, _STATE = "model.safetensors", "momentum.safetensors", "state.json"
 
@@ -87,5 +84,4 @@ def restore_checkpoint(run: RunFolder, model: torch.nn.Module, optimizer: torch.
             optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    logger.info("resumed from %s", newest)
     return int(state["step"])

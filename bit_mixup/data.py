@@ -138,7 +138,6 @@ def load_image_dataset(
     split = _pick_split(opened, train_split, "train_split")
     image_column = _image_column(opened.splits[split], image_column, opened.folder)
     label_column = _label_column(opened.splits[split], label_column, image_column)
-    feature = opened.splits[split].features[label_column]
     notes = [f'pictures from column "{image_column}", classes from "{label_column}"']
     class_names, values = _classes(opened.splits[split], label_column, split)
     train = _part(opened, split, image_column, label_column, values, class_names)
@@ -146,10 +145,9 @@ def load_image_dataset(
     if len(unlabelled):
         raise DataError(
             f'{split} row {unlabelled[0]} has the label -1 in "{label_column}", which means unlabelled '
-            f"({len(unlabelled)} rows do). "
-            "Remove these rows, or name another train_split."
+            f"({len(unlabelled)} rows do). Remove these rows, or name another train_split."
         )
-    if (isinstance(feature, ClassLabel) and len(class_names) < 2) or len(np.unique(train.labels)) < 2:
+    if len(np.unique(train.labels)) < 2:
         raise DataError(
             f'"{label_column}" of {split} holds fewer than two classes: there is nothing to learn. Name another label_column '
             "or train_split."

@@ -58,7 +58,6 @@ def build_bit(
     weights: Weights, *, num_classes: int | None = None, keep_head: bool = False, std_eps: float | None = None
 ) -> ResNetV2:
     """Builds the network of a file that is on this machine; arguments and errors as `load_bit`."""
-    assert weights.file is not None, "fetch() comes first"
     tensors = _read_tensors(weights)
     head_classes = len(tensors[f"{_HEAD}weight"]) if f"{_HEAD}weight" in tensors else None
     if keep_head:
@@ -77,7 +76,7 @@ def build_bit(
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
         if head_classes:
-            logger.warning("%s: its head of %s classes is left out, the new one is zero", weights.file.name, f"{head_classes:,}")
+            logger.warning("%s: its head of %s classes is left out, the new one is zero", weights.name, f"{head_classes:,}")
     full_name = weights.name if weights.name.startswith(f"{weights.architecture}.") else weights.architecture
     cfg = dict(weights.pretrained_cfg)
     if full_name in timm.list_pretrained("resnetv2_*_bit*"):

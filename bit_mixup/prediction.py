@@ -29,7 +29,7 @@ def predict_logits(
     own = shares[accelerator.process_index].tolist()
     lists = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     normalize, dtype = Normalize.of(model), next(model.parameters()).dtype
-    model.eval()
+    model.to(accelerator.device).eval()
     parts = [torch.empty(0, int(model.num_classes), device=accelerator.device)]
     batches = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
     for images, _ in tqdm(batches, total=len(lists), desc="evaluating", unit="batch", disable=not accelerator.is_main_process):

@@ -20,9 +20,8 @@ TRACKER_PROJECT = "bit_mixup"  # also the folder that a tracker such as tensorbo
 
 # What may differ between the start of a run and its resumption: it has no say in what is computed (beyond rounding).
 FREE_ON_RESUME = frozenset(
-    {"resume", "overwrite", "output_dir", "num_workers", "threads", "micro_batch", "log_every", "save_every",
-     "keep_checkpoints", "tracker"}
-)  # fmt: skip
+    {"output_dir", "num_workers", "threads", "micro_batch", "log_every", "save_every", "keep_checkpoints", "tracker"}
+)
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,13 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is a file; output_dir must be a folder.")
         if not self.path.is_dir() or all(entry.name.startswith(TEMPORARY_PREFIX) for entry in self.path.iterdir()):
             return
-        if not self.config.is_file() or "dataset" not in read_json(self.config):
+        before = read_json(self.config) if self.config.is_file() else None
+        if not isinstance(before, dict) or "dataset" not in before:
             raise CheckpointError(
                 f"{self.path} is not empty and holds no run (no config.json of one). Choose another output_dir."
             )
         if resume:
-            self.compare("config.json", read_json(self.config), asked)
+            self.compare("config.json", before, asked)
         elif not overwrite:
             raise CheckpointError(
                 f"{self.path} holds a run already. Go on with --resume, start anew with --overwrite, or choose another "

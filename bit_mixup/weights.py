@@ -88,13 +88,7 @@ def find_weights(name_or_path: str) -> Weights:
             file=None,
             architecture=model.name.split(".")[0],
             shape=model.architecture,
-            pretrained_cfg={
-                "input_size": (3, model.input_size, model.input_size),
-                "num_classes": model.num_classes,
-                "interpolation": model.interpolation,
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.5, 0.5, 0.5),
-            },
+            pretrained_cfg=_google_cfg(model.input_size, model.num_classes, model.interpolation),
         )
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -115,11 +109,22 @@ def find_weights(name_or_path: str) -> Weights:
     )
 
 
+def _google_cfg(input_size: int, num_classes: int, interpolation: str) -> dict[str, Any]:
+    """The pretrained configuration that all weights of BiT's authors share, but for these three."""
+    return {
+        "input_size": (3, input_size, input_size),
+        "num_classes": num_classes,
+        "interpolation": interpolation,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
+
+
 def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
     """The same weights on this machine, downloaded from the hub if need be; safetensors only, never a pickle.
 
     Args:
-        weights: as found.
+        weights: as found, or as fetched before.
         revision: branch, tag or commit on the hub (None: its main branch).
 
     Raises:
@@ -127,7 +132,7 @@ def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
             file on this machine.
     """
     if weights.file is not None:
-        if revision is not None:
+        if revision is not None and weights.revision is None:
             raise WeightsError(f'revision "{revision}" was given, but {weights.file} is a file of this machine: leave it out.')
         return weights
     published = weights.name in PUBLISHED
@@ -218,13 +223,7 @@ def _from_file(path: Path) -> Weights:
         file=path,
         architecture=architecture,
         shape=ARCHITECTURES[architecture],
-        pretrained_cfg={
-            "input_size": (3, 224, 224),
-            "num_classes": head[0] if head else 0,
-            "interpolation": "bilinear",
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-        },
+        pretrained_cfg=_google_cfg(224, head[0] if head else 0, "bilinear"),
     )
 
 

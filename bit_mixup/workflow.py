@@ -1,7 +1,6 @@
 """The whole story: data, rule, model, training, scores, files."""
 
 import atexit
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -32,8 +32,6 @@ from bit_mixup.runs import TRACKER_PROJECT
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 from bit_mixup.training import fine_tune
 from bit_mixup.weights import fetch
-
-logger = logging.getLogger(__name__)
 
 _TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 _DISTRIBUTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
@@ -83,7 +81,7 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
     """`transfer` of a whole configuration. Prints the plan first and the scores last, on the main process."""
     plan = make_plan(config, source=source)
     with _threads(plan.environment.threads):
-        _check_device_and_tracker(plan)
+        _check_tracker(plan)
         AcceleratorState._reset_state()  # a notebook's next run may ask for another precision
         accelerator = Accelerator(
             mixed_precision="no" if plan.environment.precision == "fp32" else plan.environment.precision,
@@ -97,7 +95,7 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
                 f"{accelerator.num_processes}. Start with torchrun or accelerate launch."
             )
         if plan.environment.precision == "fp16" and accelerator.device.type == "cpu":
-            raise ConfigError("precision fp16 needs an accelerator, but Accelerate is told to use the CPU. Use bf16 or fp32.")
+            raise ConfigError("precision fp16 needs an accelerator, but the run is on the CPU. Use bf16 or fp32.")
         atexit.register(accelerator.state.destroy_process_group)  # not sooner: this process may start another run
         if accelerator.distributed_type not in _DISTRIBUTED:
             raise ConfigError(f"distributed type {accelerator.distributed_type.value} is not supported; use DDP.")
@@ -107,7 +105,7 @@ def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None
 def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     config, hyper, run = plan.config, plan.resolution.hyper, plan.run
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        weights = plan.weights if plan.weights.revision else fetch(plan.weights, revision=config.revision)
+        weights = fetch(plan.weights, revision=config.revision)
     plan = replace(plan, weights=weights)
     model = build_bit(weights, num_classes=plan.data.num_classes, std_eps=config.std_eps)
     effect = std_eps_effect(model)
@@ -216,9 +214,7 @@ def _write(plan: Plan, model: ResNetV2, report: EvaluationReport, validation: Ev
         print(f"{path!s:<60} {what}")
 
 
-def _check_device_and_tracker(plan: Plan) -> None:
-    if plan.environment.precision == "fp16" and not torch.accelerator.is_available():
-        raise ConfigError("precision fp16 needs an accelerator, and there is none. Use bf16 or fp32.")
+def _check_tracker(plan: Plan) -> None:
     tracker = plan.config.tracker
     if tracker is None:
         return
@@ -240,7 +236,13 @@ def _default_workers(accelerator: Accelerator) -> int:
 def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return "cpu"
+    return str(_device())
+
+
+def _device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 @contextmanager
@@ -258,9 +260,7 @@ def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
     """Seconds that training would take here, from a few timed passes over random pictures with random weights."""
     hyper, size = plan.resolution.hyper, plan.largest_micro_batch
     with _threads(plan.environment.threads):
-        import timm
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = _device()
         model = timm.create_model(
             plan.weights.architecture, pretrained=False, num_classes=plan.data.num_classes, **plan.weights.model_args
         ).to(device)
