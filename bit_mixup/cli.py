@@ -1,4 +1,4 @@
-"""The door for people with a terminal: `bit-mixup fine-tune | plan | models`.
+"""The door for people with a terminal: `bit-mixup fine-tune | plan | models | pretrain | distill`.
 
 torch is imported only by what needs it, so that help, models and plans come at once.
 """
@@ -6,11 +6,11 @@ torch is imported only by what needs it, so that help, models and plans come at 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from bit_mixup.catalog import PUBLISHED
+from bit_mixup.config import Config, DistillConfig, PretrainConfig, TransferConfig
 from bit_mixup.errors import BitMixupError, ConfigError, did_you_mean
 from bit_mixup.weights import BUNDLED, find_weights, size_text
 
@@ -21,6 +21,8 @@ Transfer a pretrained BiT to your pictures; the BiT-HyperRule chooses schedule, 
   fine-tune   fine-tune a model on a data set, score it, write the run's folder
   plan        show what fine-tune would do and why, without training (--time adds an estimate)
   models      list the pretrained weights
+  pretrain    train a model from random weights by BiT's upstream recipe, to transfer from
+  distill     train a model to agree with another, without labels
 
 `bit-mixup COMMAND --help` lists the options of a command."""
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Exits with 2 and one line of explanation where it can not be done."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"fine-tune": fine_tune_command, "plan": plan_command, "models": models_command}
+    commands |= {"pretrain": pretrain_command, "distill": distill_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -49,10 +52,26 @@ def _explain(error: BitMixupError) -> int:
 
 def fine_tune_command(arguments: Sequence[str]) -> None:
     """fine-tune: every option is a field of `TransferConfig`."""
-    config = _configuration(arguments, prog="bit-mixup fine-tune")
+    config = _configuration(arguments, TransferConfig, prog="bit-mixup fine-tune")
     from bit_mixup.workflow import run_transfer
 
     run_transfer(config)
+
+
+def pretrain_command(arguments: Sequence[str]) -> None:
+    """pretrain: every option is a field of `PretrainConfig`."""
+    config = _configuration(arguments, PretrainConfig, prog="bit-mixup pretrain")
+    from bit_mixup.pretraining import run_pretrain
+
+    run_pretrain(config)
+
+
+def distill_command(arguments: Sequence[str]) -> None:
+    """distill: every option is a field of `DistillConfig`."""
+    config = _configuration(arguments, DistillConfig, prog="bit-mixup distill")
+    from bit_mixup.pretraining import run_pretrain
+
+    run_pretrain(config)
 
 
 def plan_command(arguments: Sequence[str]) -> None:
@@ -62,7 +81,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     if processes is not None and not (processes.isdigit() and int(processes)):
         raise ConfigError(f"--processes {processes}: a whole number from 1 was expected.")
     config = _configuration(
-        rest, prog="bit-mixup plan", extra="Also: --processes N plans for N processes, --time times a few steps."
+        rest, TransferConfig, prog="bit-mixup plan", extra="Also: --processes N plans for N processes, --time times a few steps."
     )
     from bit_mixup.planning import make_plan
 
@@ -106,19 +125,15 @@ def _take(arguments: Sequence[str], known: dict[str, bool]) -> tuple[list[str], 
     return rest, found
 
 
-def _configuration(arguments: Sequence[str], *, prog: str, extra: str = "") -> Any:
-    """A `TransferConfig` from flags, on top of a saved one where --config names it."""
-    from bit_mixup.config import TransferConfig
-
+def _configuration(arguments: Sequence[str], kind: type[Config], *, prog: str, extra: str = "") -> Config:
+    """A configuration from flags, on top of a saved one where --config names it."""
     rest, options = _take(arguments, {"--config": True})
-    default = TransferConfig.from_json(Path(options["--config"])) if "--config" in options else None
+    default = kind.from_json(Path(options["--config"])) if "--config" in options else None
     description = "\n\n".join(
-        text
-        for text in (TransferConfig.__doc__, "Also: --config FILE starts from the config.json of an earlier run.", extra)
-        if text
+        text for text in (kind.__doc__, "Also: --config FILE starts from the config.json of an earlier run.", extra) if text
     )
     return tyro.cli(
-        TransferConfig,
+        kind,
         args=rest,
         prog=prog,
         description=description,

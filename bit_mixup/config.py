@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 import typeguard
 
@@ -16,8 +16,8 @@ from bit_mixup.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig:
-    """Everything that can be asked of a run. None leaves a value to the rule."""
+class RunConfig:
+    """What can be asked of any run, whatever it trains."""
 
     dataset: str
     """digits (bundled), a folder of class folders, csv / parquet / json files, a save_to_disk folder, or a hub id."""
@@ -33,24 +33,12 @@ class TransferConfig:
     """Column of the pictures, where it is not plain."""
     label_column: str | None = None
     """Column of the classes, where it is not plain."""
-    examples_per_class: int | None = None
-    """Train on a balanced few-shot subset of this many for each class."""
-    few_shot_seed: int = 0
-    """Seed of the few-shot draw."""
-    validation_fraction: float = 0.0
-    """Share of the training split to hold out and score apart."""
 
     model: str = DEFAULT_MODEL
     """bundled, a published architecture.tag (bit-mixup models), a .safetensors or .npz file, a folder, or a hub user/name."""
-    revision: str | None = None
-    """Branch, tag or commit of weights on the hub."""
     std_eps: float | None = None
     """Added to the variance of filters. None: what the weights say, else 1e-8 as in timm; the reference has 1e-10."""
 
-    preset: Preset = "code"
-    """code: the reference's PyTorch code. paper: the paper's text. light: code with batch 128 and rate 0.001."""
-    resolution: Literal["rule", "model"] = "rule"
-    """rule: by the size of the pictures. model: crops of the size the weights were made for, resized a fifth larger."""
     steps: int | None = None
     """Optimizer steps; warm-up and decays move in proportion."""
     batch_size: int | None = None
@@ -65,8 +53,6 @@ class TransferConfig:
     """Of SGD."""
     weight_decay: float | None = None
     """Of SGD; BiT transfers without."""
-    resize_size: int | None = None
-    """Edge in pixels that training pictures are resized to."""
     crop_size: int | None = None
     """Edge in pixels of training crops and evaluation pictures."""
     flip: bool = True
@@ -77,7 +63,7 @@ class TransferConfig:
     """Draw the mixing weight once for each step, as BiT does, or for each example."""
 
     seed: int = 0
-    """Of shuffling, crops, mixing and splits."""
+    """Of random weights, shuffling, crops, mixing and splits."""
     precision: Precision | None = None
     """Of the forward and backward pass. None: what the Accelerate configuration says, else fp32. fp16 needs an accelerator."""
     micro_batch: int | None = None
@@ -111,13 +97,11 @@ class TransferConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         for name in ("seed", "few_shot_seed", "num_workers"):
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} is {value}; it must be 0 or a positive whole number.")
         if self.std_eps is not None and not (math.isfinite(self.std_eps) and self.std_eps > 0):
             raise ConfigError(f"std_eps is {self.std_eps}; it must be a small positive number, such as 1e-8 or 1e-10.")
-        if self.resolution == "model" and (self.resize_size or self.crop_size):
-            raise ConfigError("resolution model contradicts resize_size and crop_size: give one or the other.")
 
     def as_json(self) -> dict[str, Any]:
         """As plain values for `config.json`; `from_json` reads it back. What belongs to one start only is left out."""
@@ -125,7 +109,7 @@ class TransferConfig:
         return {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in values.items()}
 
     @classmethod
-    def from_json(cls, path: Path) -> "TransferConfig":
+    def from_json(cls, path: Path) -> Self:
         """Reads a saved `config.json`.
 
         Raises:
@@ -139,7 +123,70 @@ class TransferConfig:
             raise ConfigError(f"{path} must hold a JSON object of options, such as a run's config.json.")
         if values.get("mixup_alpha") == "inf":
             values["mixup_alpha"] = math.inf
-        return configure(**values)
+        return configure(cls, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig(RunConfig):
+    """Everything that can be asked of fine-tuning. None leaves a value to the rule."""
+
+    examples_per_class: int | None = None
+    """Train on a balanced few-shot subset of this many for each class."""
+    few_shot_seed: int = 0
+    """Seed of the few-shot draw."""
+    validation_fraction: float = 0.0
+    """Share of the training split to hold out and score apart."""
+    revision: str | None = None
+    """Branch, tag or commit of weights on the hub."""
+    preset: Preset = "code"
+    """code: the reference's PyTorch code. paper: the paper's text. light: code with batch 128 and rate 0.001."""
+    resolution: Literal["rule", "model"] = "rule"
+    """rule: by the size of the pictures. model: crops of the size the weights were made for, resized a fifth larger."""
+    resize_size: int | None = None
+    """Edge in pixels that training pictures are resized to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution == "model" and (self.resize_size or self.crop_size):
+            raise ConfigError("resolution model contradicts resize_size and crop_size: give one or the other.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Everything that can be asked of pre-training. None leaves a value to BiT's upstream recipe.
+
+    The dataset may also be an .npz file of arrays (images, labels, class_names); nothing is scored unless a test_split is named.
+    Of the model only the network counts: it starts from random weights. Plain names such as resnetv2_101x1_bit will do.
+    """
+
+    epochs: float = 90.0
+    """Length of the run in passes over the data set, unless steps are given."""
+    min_area: float = 0.08
+    """Smallest share of a picture that an inception crop holds; 1 shows it whole."""
+    distort: bool = False
+    """Bend, recolour and blur: for drawings, letters and symbols, not for photographs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ConfigError(f"epochs is {self.epochs}; it must be a positive number.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(PretrainConfig):
+    """Everything that can be asked of distillation: that of pre-training, and a teacher in place of labels."""
+
+    teacher: str
+    """What the model learns from, with its head: the model folder of a run, a published architecture.tag, or a file."""
+    temperature: float = 1.0
+    """Softens both distributions; the paper tries 1, 2, 5 and 10."""
+    init: bool = False
+    """Start from the body of the model's weights instead of random ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"temperature is {self.temperature}; it must be a positive number.")
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
@@ -157,26 +204,40 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         raise ConfigError(f"{name} is {value!r}; expected {str(hint).replace('typing.', '')}.") from error
 
 
-def configure(**options: Any) -> TransferConfig:
-    """A `TransferConfig` of keyword arguments. Paths may be strings, and the other way round; tuples may be lists.
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def configure(kind: type[Config], /, **options: Any) -> Config:
+    """A configuration of keyword arguments. Paths may be strings, and the other way round; tuples may be lists.
 
     Raises:
-        ConfigError: an unknown name, a missing data set, or a wrong value.
+        ConfigError: an unknown name, a missing data set or teacher, or a wrong value.
     """
-    known = [field.name for field in fields(TransferConfig)]
+    known = [field.name for field in fields(kind)]
     for name in options:
         if name not in known:
-            raise ConfigError(f'there is no option "{name}"{did_you_mean(name, known)}. `bit-mixup fine-tune --help` lists them.')
+            raise ConfigError(f'there is no option "{name}"{did_you_mean(name, known)}. `{_COMMANDS[kind]} --help` lists them.')
     if "dataset" not in options:
         raise ConfigError('no data set was named. Give dataset, for instance "uoft-cs/cifar10", a folder, or "digits".')
-    for name in ("dataset", "model"):
+    if "teacher" in known and "teacher" not in options:
+        raise ConfigError(
+            "no teacher was named. Give teacher: the model folder of a run, a published architecture.tag, or a file."
+        )
+    for name in ("dataset", "model", "teacher"):
         if isinstance(options.get(name), Path):
             options[name] = str(options[name])
     if isinstance(options.get("output_dir"), str):
         options["output_dir"] = Path(options["output_dir"])
     if isinstance(options.get("decay_steps"), list):
         options["decay_steps"] = tuple(options["decay_steps"])
-    return TransferConfig(**options)
+    return kind(**options)
+
+
+_COMMANDS: dict[type[RunConfig], str] = {
+    TransferConfig: "bit-mixup fine-tune",
+    PretrainConfig: "bit-mixup pretrain",
+    DistillConfig: "python recipes/distill.py",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,3 +292,40 @@ def resolve(config: TransferConfig, *, num_examples: int, image_area: float, wei
     reasons |= {name: f"--{name.replace('_', '-')}" for name in asked}
     changed = {name: why for name, why in reasons.items() if getattr(hyper, name) != getattr(rule, name)}
     return Resolution(hyper=hyper, rule=rule, reasons=changed)
+
+
+UPSTREAM_LR = 0.03  # for UPSTREAM_BATCH examples a step, in proportion
+UPSTREAM_BATCH = 256
+UPSTREAM_DECAYS = (0.3, 0.6, 0.8)  # of the run
+UPSTREAM_WARMUP = 5_000  # steps, but never more than a twentieth of the run
+
+
+def resolve_upstream(config: PretrainConfig, *, num_examples: int, weights: Weights) -> HyperParameters:
+    """BiT's upstream recipe (Kolesnikov et al., 2020, section 3.2 and appendix), with what was asked for in its place.
+
+    SGD with momentum 0.9 and weight decay 0.0001; a rate of 0.03 for each 256 examples of a batch, after a linear warm-up
+    divided by 10 at 30, 60 and 80 % of the run; 90 passes over the data set; no mixup.
+    Distillation mixes with weights uniform on [0, 1], as Beyer et al. (2022) do.
+
+    Raises:
+        ConfigError: the result contradicts itself.
+    """
+
+    def asked(name: str, default: Any) -> Any:
+        value = getattr(config, name)
+        return default if value is None else value
+
+    batch_size, crop_size = asked("batch_size", UPSTREAM_BATCH), asked("crop_size", weights.input_size)
+    steps = config.steps or max(1, round(config.epochs * num_examples / max(1, batch_size)))
+    return HyperParameters(
+        resize_size=crop_size,
+        crop_size=crop_size,
+        steps=steps,
+        warmup_steps=asked("warmup_steps", min(UPSTREAM_WARMUP, steps // 20)),
+        decay_steps=asked("decay_steps", tuple(round(share * steps) for share in UPSTREAM_DECAYS)),
+        batch_size=batch_size,
+        base_lr=asked("base_lr", UPSTREAM_LR * batch_size / UPSTREAM_BATCH),
+        momentum=asked("momentum", 0.9),
+        weight_decay=asked("weight_decay", 1e-4),
+        mixup_alpha=asked("mixup_alpha", 1.0 if isinstance(config, DistillConfig) else 0.0),
+    )

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from datasets import ClassLabel, Dataset, DatasetDict, Image, LargeList, List, Value
+from PIL.Image import Image as Picture
 
 from bit_mixup.errors import DataError, did_you_mean
-from bit_mixup.images import EXTENSIONS, View, decode, open_encoded
-from bit_mixup.sampling import Purpose, few_shot_rows, generator, row_at, stratified_rows
+from bit_mixup.images import EXTENSIONS, decode, open_encoded
+from bit_mixup.sampling import Purpose, few_shot_rows, generator, stratified_rows
 from bit_mixup.sources import TEST_SPLITS, Source, open_source
 
 UNLABELLED = -1
@@ -54,6 +55,19 @@ class Part:
         column = self.pictures.column_names[0]
         pictures = self.pictures[[int(self.rows[index]) for index in indices]][column]
         return [picture or {"bytes": None, "path": None} for picture in pictures]
+
+    def read(self, indices: Sequence[int]) -> list[Picture]:
+        """The decoded pictures at these indices, RGB.
+
+        Raises:
+            DataError: one of them is broken.
+        """
+        pairs = zip(indices, self.encoded(indices), strict=True)
+        return [decode(encoded, where=self.where(index, encoded)) for index, encoded in pairs]
+
+    def ids(self, indices: Sequence[int]) -> list[str]:
+        """Where people find the examples at these indices: the file, or the row of the split."""
+        return [self.where(index, encoded) for index, encoded in zip(indices, self.encoded(indices), strict=True)]
 
     def where(self, index: int, encoded: dict[str, Any]) -> str:
         """How a message names an example."""
@@ -135,25 +149,10 @@ def load_image_dataset(
         DataError: something is missing, ambiguous or out of range; the message names it.
     """
     opened = open_source(source, config=config, revision=revision)
-    split = _pick_split(opened, train_split, "train_split")
-    image_column = _image_column(opened.splits[split], image_column, opened.folder)
-    label_column = _label_column(opened.splits[split], label_column, image_column)
-    notes = [f'pictures from column "{image_column}", classes from "{label_column}"']
-    class_names, values = _classes(opened.splits[split], label_column, split)
-    train = _part(opened, split, image_column, label_column, values, class_names)
-    unlabelled = np.flatnonzero(train.labels == UNLABELLED)
-    if len(unlabelled):
-        raise DataError(
-            f'{split} row {unlabelled[0]} has the label -1 in "{label_column}", which means unlabelled '
-            f"({len(unlabelled)} rows do). Remove these rows, or name another train_split."
-        )
-    if len(np.unique(train.labels)) < 2:
-        raise DataError(
-            f'"{label_column}" of {split} holds fewer than two classes: there is nothing to learn. Name another label_column '
-            "or train_split."
-        )
-
-    test, note = _test_part(opened, split, test_split, image_column, label_column, values, class_names, seed)
+    parts = open_parts(opened, train_split=train_split, test_split=None, image_column=image_column, label_column=label_column)
+    train, class_names, split = parts.train, parts.class_names, train_split
+    notes = [f'pictures from column "{parts.image_column}", classes from "{parts.label_column}"']
+    test, note = _test_part(opened, parts, test_split, seed)
     notes.append(note)
     if test is None:
         test, train = _hold_out(train, TEST_FRACTION, seed=seed)
@@ -172,14 +171,62 @@ def load_image_dataset(
         train=train,
         test=test,
         validation=validation,
-        image_column=image_column,
-        label_column=label_column,
+        image_column=parts.image_column,
+        label_column=parts.label_column,
         notes=tuple(notes),
         revision=opened.revision,
     )
 
 
-def _pick_split(source: Source, name: str, flag: str) -> str:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """Splits with their columns and classes found; nothing is drawn, cut or held out yet.
+
+    Args:
+        class_names: in the order of the labels.
+        values: what stands for each class in the column of the training split.
+        train: all labelled rows of the training split.
+        test: all rows of the split that was named for it.
+        image_column: where pictures were found.
+        label_column: where labels were found.
+    """
+
+    class_names: tuple[str, ...]
+    values: list[Any]
+    train: Part
+    test: Part | None
+    image_column: str
+    label_column: str
+
+
+def open_parts(
+    source: Source, *, train_split: str, test_split: str | None, image_column: str | None, label_column: str | None
+) -> Parts:
+    """Finds columns and classes; arguments and errors as `load_image_dataset`, but without a test_split there is no test part."""
+    split = pick_split(source, train_split, "train_split")
+    image_column = find_image_column(source.splits[split], image_column, source.folder)
+    label_column = _label_column(source.splits[split], label_column, image_column)
+    class_names, values = _classes(source.splits[split], label_column, split)
+    train = _part(source, split, image_column, label_column, values, class_names)
+    unlabelled = np.flatnonzero(train.labels == UNLABELLED)
+    if len(unlabelled):
+        raise DataError(
+            f'{split} row {unlabelled[0]} has the label -1 in "{label_column}", which means unlabelled '
+            f"({len(unlabelled)} rows do). Remove these rows, or name another train_split."
+        )
+    if len(np.unique(train.labels)) < 2:
+        raise DataError(
+            f'"{label_column}" of {split} holds fewer than two classes: there is nothing to learn. Name another label_column '
+            "or train_split."
+        )
+    parts = Parts(
+        class_names=class_names, values=values, train=train, test=None, image_column=image_column, label_column=label_column
+    )
+    return parts if test_split is None else replace(parts, test=_labelled_part(source, parts, test_split))
+
+
+def pick_split(source: Source, name: str, flag: str) -> str:
+    """The name, if there is such a split and it holds examples; raises DataError, which names the flag."""
     if name not in source.splits:
         raise DataError(
             f'{flag} "{name}": the data set has the splits {", ".join(source.splits)}{did_you_mean(name, source.splits)}. '
@@ -210,7 +257,8 @@ def _one_of(candidates: list[str], split: Dataset, what: str, flag: str) -> str:
     raise DataError(f"no column seems to hold the {what}; there are {columns}. Name one with {flag}.")
 
 
-def _image_column(split: Dataset, asked: str | None, folder: Path) -> str:
+def find_image_column(split: Dataset, asked: str | None, folder: Path) -> str:
+    """The column of pictures: the one asked for, or the only one; raises DataError."""
     if asked is not None:
         name = _column(split, asked, "image_column")
         if not isinstance(split.features[name], Image) and not _looks_like_pictures(split, name):
@@ -288,11 +336,17 @@ def _part(
             raise DataError(
                 f'split "{split}" has no column "{column}", which {flag} names. It has {", ".join(data.column_names)}.'
             )
+    return undecoded_part(source, split, image_column, _labels(data, split, label_column, values, class_names))
+
+
+def undecoded_part(source: Source, split: str, image_column: str, labels: Labels) -> Part:
+    """All rows of a split as a part, with labels (N,) or (N, K)."""
+    data = source.splits[split]
     return Part(
         name=split,
         pictures=_undecoded(data.select_columns([image_column]), image_column, source.folder),
         rows=np.arange(len(data)),
-        labels=_labels(data, split, label_column, values, class_names),
+        labels=labels,
     )
 
 
@@ -350,31 +404,39 @@ def _class_labels(raw: list[int | None], split: str, column: str, feature: Class
     return labels
 
 
-def _test_part(
-    source: Source,
-    train_split: str,
-    asked: str | None,
-    image_column: str,
-    label_column: str,
-    values: list[Any],
-    class_names: tuple[str, ...],
-    seed: int,
-) -> tuple[Part | None, str]:
+def _test_part(source: Source, parts: Parts, asked: str | None, seed: int) -> tuple[Part | None, str]:
     """The part to score and a note on the choice; None if it must be cut from the training split."""
     unlabelled: list[str] = []
+    train_split = parts.train.name
     for name in [asked] if asked is not None else [n for n in TEST_SPLITS if n in source.splits and n != train_split]:
-        if name == train_split:
-            raise DataError(f'test_split and train_split are both "{name}": scores on training examples mean nothing.')
-        part = _part(source, _pick_split(source, name, "test_split"), image_column, label_column, values, class_names)
-        part = replace(part, labels=_in_training_order(part.labels, source, train_split, name, label_column))
-        if (part.labels != UNLABELLED).all():
-            return part, f'scored on split "{name}"' + (f" (unlabelled: {', '.join(unlabelled)})" if unlabelled else "")
+        part = _other_part(source, parts, name)
         if asked is not None or (part.labels != UNLABELLED).any():
-            row = int(np.flatnonzero(part.labels == UNLABELLED)[0])
-            raise DataError(f'split "{name}" can not be scored: row {row} has no label (-1). Name another test_split.')
+            part = _all_labelled(part)
+            return part, f'scored on split "{name}"' + (f" (unlabelled: {', '.join(unlabelled)})" if unlabelled else "")
         unlabelled.append(name)
     why = f"the split(s) {', '.join(unlabelled)} are unlabelled" if unlabelled else "the data set has no test split"
     return None, f"NOTE: {why}, so a stratified fifth of {train_split} (seed {seed}) is kept out of training and scored instead"
+
+
+def _labelled_part(source: Source, parts: Parts, name: str) -> Part:
+    return _all_labelled(_other_part(source, parts, name))
+
+
+def _other_part(source: Source, parts: Parts, name: str) -> Part:
+    """A split beside the training split, its labels in the order of the training split's classes."""
+    train_split = parts.train.name
+    if name == train_split:
+        raise DataError(f'test_split and train_split are both "{name}": scores on training examples mean nothing.')
+    split = pick_split(source, name, "test_split")
+    part = _part(source, split, parts.image_column, parts.label_column, parts.values, parts.class_names)
+    return replace(part, labels=_in_training_order(part.labels, source, train_split, name, parts.label_column))
+
+
+def _all_labelled(part: Part) -> Part:
+    if (part.labels == UNLABELLED).any():
+        row = int(np.flatnonzero(part.labels == UNLABELLED)[0])
+        raise DataError(f'split "{part.name}" can not be scored: row {row} has no label (-1). Name another test_split.')
+    return part
 
 
 def _in_training_order(labels: Labels, source: Source, train_split: str, split: str, column: str) -> Labels:
@@ -464,64 +526,3 @@ def summarize_sizes(part: Part, *, small_area: int, seed: int) -> SizeSummary:
         sampled=len(sizes),
         small_share=sum(area < small_area for area in areas) / len(areas),
     )
-
-
-Batch = tuple[npt.NDArray[np.uint8], Labels]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingStream:
-    """All training examples of a run, laid end to end: a map-style data set whose index is the position in the run.
-
-    What stands at a position (row, crop, flip) is a function of the seed and the position alone.
-    """
-
-    part: Part
-    view: View
-    seed: int
-
-    def row(self, position: int) -> int:
-        """Index into the part of the example at a position."""
-        return row_at(position, seed=self.seed, num_examples=len(self.part))
-
-    def ids(self, positions: Sequence[int]) -> list[str]:
-        """Where the examples at some positions are found: the file, or the row of the split."""
-        indices = [self.row(position) for position in positions]
-        return [self.part.where(i, encoded) for i, encoded in zip(indices, self.part.encoded(indices), strict=True)]
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
-        """Pictures (N, 3, crop, crop) and labels (N,) at some positions; a broken picture comes back as the error to raise.
-
-        (An exception raised in a worker process would reach the user wrapped in a traceback of that process.)
-        """
-        indices = [self.row(position) for position in positions]
-        images = []
-        try:
-            for position, index, encoded in zip(positions, indices, self.part.encoded(indices), strict=True):
-                picture = decode(encoded, where=self.part.where(index, encoded))
-                images.append(self.view.train(picture, seed=self.seed, position=position))
-        except DataError as error:
-            return error
-        return np.stack(images), self.part.labels[indices]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationView:
-    """The examples of a part as they are scored: resized straight to the crop's edge, in order."""
-
-    part: Part
-    view: View
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch | DataError:
-        """Pictures (N, 3, crop, crop) and labels (N,); a broken picture comes back as the error to raise."""
-        try:
-            images = [
-                self.view.evaluate(decode(encoded, where=self.part.where(index, encoded)))
-                for index, encoded in zip(indices, self.part.encoded(indices), strict=True)
-            ]
-        except DataError as error:
-            return error
-        return np.stack(images), self.part.labels[list(indices)]

@@ -13,6 +13,8 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
     multiclass_f1_score,
     multiclass_recall,
+    multilabel_average_precision,
+    multilabel_f1_score,
 )
 
 from bit_mixup.errors import DataError, NonFiniteError
@@ -126,4 +128,79 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
         ),
         class_accuracy={name: recalls[i] if support[i] else None for i, name in enumerate(class_names)},
         class_support={name: support[i] for i, name in enumerate(class_names)},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLabelReport:
+    """Scores on examples that may have several labels; shares are from 0 to 1.
+
+    Args:
+        num_examples: scored.
+        mean_average_precision: area under each label's precision-recall curve, mean over the labels that occur.
+        micro_f1: harmonic mean of precision and recall over all pairs of example and label, at a probability of one half.
+        nll: mean over examples of the binary cross-entropy summed over labels, in nats.
+        label_average_precision: by label name; None for labels that do not occur.
+        label_support: examples by label name.
+    """
+
+    num_examples: int
+    mean_average_precision: float
+    micro_f1: float
+    nll: float
+    label_average_precision: dict[str, float | None]
+    label_support: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+    def table(self, *, worst: int | None = None) -> str:
+        """Overall scores, and average precision by label (of the `worst` alone), as Markdown tables."""
+        found = {name: value for name, value in self.label_average_precision.items() if value is not None}
+        order = sorted(found, key=lambda name: found[name])[: worst if worst is not None else len(found)]
+        lines = [
+            "| score | value |",
+            "|---|---|",
+            f"| mean average precision | {self.mean_average_precision:.2%} |",
+            f"| micro F1 | {self.micro_f1:.2%} |",
+            f"| NLL (nats) | {self.nll:.4f} |",
+            f"| examples | {self.num_examples:,} |",
+            "",
+            "| label | average precision | examples |",
+            "|---|---|---|",
+            *(f"| {_escape(name)} | {found[name]:.2%} | {self.label_support[name]:,} |" for name in order),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def evaluate_multi_label(logits: Tensor, labels: Tensor, label_names: Sequence[str]) -> MultiLabelReport:
+    """Scores logits (N, K) against labels (N, K) of 0 and 1.
+
+    Raises:
+        DataError: no examples, or shapes that do not fit.
+        NonFiniteError: a logit is not finite.
+    """
+    if not len(logits) or logits.shape != labels.shape or logits.shape[1] != len(label_names):
+        raise DataError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit {len(label_names)} label names."
+        )
+    if not logits.isfinite().all():
+        raise NonFiniteError(f"the logits of example {int((~logits.isfinite()).any(1).nonzero()[0])} are not finite.")
+    support = labels.sum(0).tolist()
+    present = [index for index, count in enumerate(support) if count]
+    precision: dict[int, float] = {}
+    if present:
+        columns = [*present, present[-1]]  # one more: torchmetrics wants two labels or more
+        values = multilabel_average_precision(
+            logits[:, columns].sigmoid(), labels[:, columns].long(), num_labels=len(columns), average="none"
+        )
+        precision = dict(zip(present, values[:-1].tolist(), strict=True))
+    return MultiLabelReport(
+        num_examples=len(logits),
+        mean_average_precision=sum(precision.values()) / max(len(precision), 1),
+        micro_f1=float(multilabel_f1_score(logits.sigmoid(), labels.long(), num_labels=len(label_names), average="micro")),
+        nll=float(F.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="sum")) / len(logits),
+        label_average_precision={name: precision.get(index) for index, name in enumerate(label_names)},
+        label_support=dict(zip(label_names, (int(count) for count in support), strict=True)),
     )

@@ -17,7 +17,7 @@ from bit_mixup.errors import DataError
 from bit_mixup.sampling import Purpose, generator
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -118,10 +118,10 @@ class View:
 
     def train(self, image: Image.Image, *, seed: int, position: int) -> Bytes3d:
         """A random crop of the resized picture, perhaps mirrored, (3, crop, crop); drawn from the seed and the position."""
-        resized = self._squash(image, self.resize_size)
+        resized = squash(image, self.resize_size, self.interpolation)
         left, top, mirror = self.draws(seed=seed, position=position)
         pixels = np.asarray(resized)[top : top + self.crop_size, left : left + self.crop_size]
-        return _channels_first(pixels[:, ::-1] if mirror else pixels)
+        return channels_first(pixels[:, ::-1] if mirror else pixels)
 
     def draws(self, *, seed: int, position: int) -> tuple[int, int, bool]:
         """Left and top edge of the crop in pixels, and whether to mirror."""
@@ -131,11 +131,14 @@ class View:
 
     def evaluate(self, image: Image.Image) -> Bytes3d:
         """The whole picture resized straight to the crop's edge, (3, crop, crop)."""
-        return _channels_first(np.asarray(self._squash(image, self.crop_size)))
-
-    def _squash(self, image: Image.Image, edge: int) -> Image.Image:
-        return image.resize((edge, edge), _RESAMPLING[self.interpolation])
+        return channels_first(np.asarray(squash(image, self.crop_size, self.interpolation)))
 
 
-def _channels_first(pixels: npt.NDArray[np.uint8]) -> Bytes3d:
+def squash(image: Image.Image, edge: int, interpolation: str) -> Image.Image:
+    """The whole picture resized to a square, whatever its aspect ratio."""
+    return image.resize((edge, edge), RESAMPLING[interpolation])
+
+
+def channels_first(pixels: npt.NDArray[np.uint8]) -> Bytes3d:
+    """(H, W, 3) as (3, H, W), in memory of its own."""
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -10,10 +10,8 @@ from bit_mixup.environment import Environment, read_environment
 from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_AREA, rate_table, size_class
 from bit_mixup.images import View
 from bit_mixup.runs import RunFolder, default_folder
-from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch
+from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
 from bit_mixup.weights import BUNDLED_FOLDER, Weights, fetch, find_weights, size_text
-
-ACTIVATION_BUDGET = 6 * 1024**3  # bytes of saved activations that a micro-batch may take unless asked otherwise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -250,7 +248,5 @@ def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_p
     group_size = GROUP_SIZE if hyper.mixup_alpha else 1
     micro_batch = config.micro_batch
     if micro_batch is None:
-        # A function of model and resolution alone, never of the memory that happens to be free: rounding depends on the cut.
-        fitting = ACTIVATION_BUDGET // weights.shape.activation_bytes(hyper.crop_size)
-        micro_batch = max(fitting // GROUP_SIZE * GROUP_SIZE or fitting, GROUP_SIZE + 1 if hyper.mixup_alpha else 1)
+        micro_batch = fitting_micro_batch(weights.shape.activation_bytes(hyper.crop_size), mixed=hyper.mixup_alpha > 0)
     return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=group_size)

@@ -7,9 +7,9 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 from tqdm import tqdm
 
-from bit_mixup.data import EvaluationView
+from bit_mixup.examples import EvaluationView
 from bit_mixup.loading import load_batches
-from bit_mixup.models import Normalize
+from bit_mixup.models import Normalize, forward
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def predict_logits(
     batches = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
     for images, _ in tqdm(batches, total=len(lists), desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            parts.append(model(normalize(images, dtype)).float())
+            parts.append(forward(model, normalize(images, dtype)).float())
     logits = torch.cat(parts)
     longest = len(shares[0])
     padded = torch.cat([logits, logits.new_zeros(longest - len(logits), logits.shape[1])])

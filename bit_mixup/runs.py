@@ -75,6 +75,18 @@ class RunFolder:
     def nonfinite(self) -> Path:
         return self.path / "nonfinite.json"
 
+    def written(self) -> list[tuple[Path, str]]:
+        """The files of a finished run, and what is in them."""
+        files = [
+            (self.model, "the model, in timm's hub layout"),
+            (self.report, "all scores"),
+            (self.table, "the same as a table"),
+            (self.metrics, "loss and rate of each step"),
+            (self.plan, "what was decided"),
+            (self.config, "what was asked"),
+        ]
+        return [(path, what) for path, what in files if path.exists()]
+
     def check(self, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Sees whether a run may write here; changes nothing.
 

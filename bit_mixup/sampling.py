@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     FEW_SHOT = 5
     SPLIT = 6
     SIZE_SAMPLE = 7
+    DISTORTION = 8
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generator:
@@ -141,6 +142,18 @@ def cut_batch(
                 cuts.append(MicroBatch(start=cuts[-1].start, groups=cuts[-1].groups, weight=0.0))
         processes.append(cuts)
     return processes
+
+
+ACTIVATION_BUDGET = 6 * 1024**3  # bytes of saved activations that a micro-batch may take unless asked otherwise
+
+
+def fitting_micro_batch(activation_bytes: int, *, mixed: bool) -> int:
+    """Most examples of a backward pass whose saved activations fit into 6 GiB, but at least a group where partners are mixed.
+
+    A function of model and resolution alone, never of the memory that happens to be free: rounding depends on the cut.
+    """
+    fitting = ACTIVATION_BUDGET // activation_bytes
+    return max(fitting // GROUP_SIZE * GROUP_SIZE or fitting, GROUP_SIZE + 1 if mixed else 1)
 
 
 class PositionBatches:

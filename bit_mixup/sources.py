@@ -69,7 +69,7 @@ def _open_memory(source: Dataset | DatasetDict) -> Source:
 def _open_local(name: str) -> Source | None:
     """The source if the name is one of this machine, else None."""
     if name == DIGITS:
-        return _read_files("parquet", {split: DIGITS_FOLDER / f"{split}.parquet" for split in ("train", "test")})
+        return _read_files("parquet", {split: [DIGITS_FOLDER / f"{split}.parquet"] for split in ("train", "test")})
     path = Path(name).expanduser()
     if path.is_file():
         return _from_file(path)
@@ -89,7 +89,7 @@ def _from_file(path: Path) -> Source:
         raise DataError(
             f'{path}: data files end in {", ".join(_DATA_FILES)}, not "{path.suffix}". Unpack archives into class folders.'
         )
-    return _read_files(_DATA_FILES[path.suffix.lower()], {"train": path})
+    return _read_files(_DATA_FILES[path.suffix.lower()], {"train": [path]})
 
 
 def _from_folder(path: Path) -> Source:
@@ -99,16 +99,17 @@ def _from_folder(path: Path) -> Source:
         return _from_class_folders(split_folders, path)
     if folders and any(_pictures(folder) for folder in folders):
         return _from_class_folders({"train": path}, path)
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     kinds = set()
     for file in sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _DATA_FILES):
         split = next((s for s in _SPLIT_FOLDERS if re.match(rf"{s}([^a-z]|$)", file.stem.lower())), None)
-        if split is None or split in files:
+        shards = split is not None and all(re.search(r"\d+-of-\d+$", f.stem) for f in [file, *files.get(split, [])])
+        if split is None or (split in files and not shards):
             raise DataError(
-                f"{file}: in a folder of data files each is named for its split, one each (train.csv, test.csv, ...). "
-                "Give a single file by its own path."
+                f"{file}: in a folder of data files each is named for its split, one each (train.csv, test.csv, ...) or as shards "
+                "(train-00000-of-00002.parquet, ...). Give a single file by its own path."
             )
-        files[split] = file
+        files.setdefault(split, []).append(file)
         kinds.add(_DATA_FILES[file.suffix.lower()])
     if "train" in files and len(kinds) == 1:
         return _read_files(kinds.pop(), files)
@@ -151,16 +152,17 @@ def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
     return Source(splits=splits, folder=root)
 
 
-def _read_files(kind: str, files: dict[str, Path]) -> Source:
-    options = {"sep": "\t"} if any(file.suffix.lower() == ".tsv" for file in files.values()) else {}
-    paths = {split: str(file) for split, file in files.items()}
+def _read_files(kind: str, files: dict[str, list[Path]]) -> Source:
+    every = [file for part in files.values() for file in part]
+    options = {"sep": "\t"} if any(file.suffix.lower() == ".tsv" for file in every) else {}
+    paths = {split: [str(file) for file in part] for split, part in files.items()}
     read: Callable[..., DatasetDict] = datasets.load_dataset
     try:
         splits = _quietly(lambda: read(kind, data_files=paths, **options))
     except Exception as error:
         cause = error.__cause__ or error
-        raise DataError(f"{', '.join(paths.values())} can not be read as {kind}: {cause}") from error
-    return Source(splits=dict(splits), folder=next(iter(files.values())).parent)
+        raise DataError(f"{', '.join(map(str, every))} can not be read as {kind}: {cause}") from error
+    return Source(splits=dict(splits), folder=every[0].parent)
 
 
 def _quietly(read: Callable[[], DatasetDict]) -> DatasetDict:

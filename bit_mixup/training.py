@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
@@ -18,13 +17,14 @@ from bit_mixup.errors import NonFiniteError
 from bit_mixup.hyperrule import HyperParameters, learning_rate
 from bit_mixup.loading import Stream, load_batches
 from bit_mixup.mixup import Mixup
-from bit_mixup.models import Normalize
+from bit_mixup.models import Normalize, forward
+from bit_mixup.objectives import Objective, SoftmaxCrossEntropy
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import MicroBatch, PositionBatches
 from bit_mixup.storage import write_json
 
 
-def fine_tune(
+def train(
     model: ResNetV2,
     stream: Stream,
     hyper: HyperParameters,
@@ -33,24 +33,28 @@ def fine_tune(
     mixup: Mixup,
     cuts: Sequence[list[MicroBatch]],
     run: RunFolder,
+    objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
     seed: int = 0,
     num_workers: int = 0,
     log_every: int = 10,
     save_every: int = 100,
     keep_checkpoints: int = 2,
 ) -> ResNetV2:
-    """Fine-tunes all weights of a model by SGD, from the newest checkpoint of the run if there is one.
+    """Trains all weights of a model by SGD, from the newest checkpoint of the run if there is one.
+
+    Fine-tuning, pre-training and distillation are this loop with other data, rates and objectives.
 
     The gradient of a step is the mean over the examples of the global batch, whatever the cut into processes and micro-batches.
 
     Args:
-        model: with its new head.
+        model: with the head that is to be trained.
         stream: gives the example at each position of the run.
-        hyper: the rule's choice.
+        hyper: rates, batch and length of the run.
         accelerator: of this process; its own gradient accumulation must be 1.
         mixup: the law of mixing.
         cuts: for each process its micro-batches of a global batch (`bit_mixup.sampling.cut_batch`).
         run: where metrics and checkpoints are written.
+        objective: the loss.
         seed: of mixing.
         num_workers: processes that decode pictures.
         log_every: period in steps at which the device is waited for, metrics are written and losses are checked.
@@ -80,12 +84,12 @@ def fine_tune(
         for cut in own_cuts:
             images, labels = next(batches)
             images = normalize(images, dtype).contiguous(memory_format=torch.channels_last)
-            targets = F.one_hot(labels, num_classes).to(dtype)
+            targets = objective.targets(labels, num_classes=num_classes, dtype=dtype)
             start = cut.positions(step, hyper.batch_size).start
             images, targets = mixup(images, targets, seed=seed, step=step, start=start, groups=cut.groups)
             with accelerator.autocast():
-                logits = model(images)
-            loss = F.cross_entropy(logits.to(dtype), targets, reduction="sum") * (cut.weight / hyper.batch_size)
+                logits = forward(model, images)
+                loss = objective.loss(logits.to(dtype), targets, images) * (cut.weight / hyper.batch_size)
             accelerator.backward(loss)
             step_loss += loss.detach()
         _sum_gradients(model, accelerator)
@@ -142,7 +146,7 @@ class StepLog:
         if main:
             self.run.trim_metrics(self.first_step)
         self._bar: tqdm[Any] = tqdm(
-            total=self.hyper.steps, initial=self.first_step, desc="fine-tuning", unit="step", disable=not main, dynamic_ncols=True
+            total=self.hyper.steps, initial=self.first_step, desc="training", unit="step", disable=not main, dynamic_ncols=True
         )
         self._since = time.perf_counter()
 

@@ -109,6 +109,24 @@ def find_weights(name_or_path: str) -> Weights:
     )
 
 
+def find_network(name_or_path: str) -> Weights:
+    """As `find_weights`, for the network alone: the plain name of an architecture stands for itself, at 224 pixels.
+
+    Raises:
+        WeightsError: see `find_weights`.
+    """
+    if name_or_path in ARCHITECTURES:
+        return Weights(
+            name=name_or_path,
+            file=None,
+            architecture=name_or_path,
+            shape=ARCHITECTURES[name_or_path],
+            pretrained_cfg=_google_cfg(224, 0, "bilinear"),
+        )
+    weights = find_weights(name_or_path)
+    return weights if weights.architecture else fetch(weights)
+
+
 def _google_cfg(input_size: int, num_classes: int, interpolation: str) -> dict[str, Any]:
     """The pretrained configuration that all weights of BiT's authors share, but for these three."""
     return {

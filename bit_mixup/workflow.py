@@ -1,12 +1,7 @@
 """The whole story: data, rule, model, training, scores, files."""
 
-import atexit
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +9,29 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict
 from timm.models.resnetv2 import ResNetV2
 
 from bit_mixup.config import TransferConfig, configure
-from bit_mixup.data import EvaluationView, Part, TrainingStream
-from bit_mixup.environment import available_cores, versions
-from bit_mixup.errors import ConfigError, did_you_mean
+from bit_mixup.data import Part
 from bit_mixup.evaluation import EvaluationReport, evaluate
+from bit_mixup.examples import EvaluationView, TrainingStream
+from bit_mixup.launching import (
+    default_workers,
+    find_device,
+    join_processes,
+    note_other_environment,
+    record_environment,
+    start_tracker,
+    torch_threads,
+)
 from bit_mixup.mixup import Mixup
 from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, build_bit, save_model, std_eps_effect
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.prediction import predict_logits
-from bit_mixup.runs import TRACKER_PROJECT
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
-from bit_mixup.training import fine_tune
+from bit_mixup.training import train
 from bit_mixup.weights import fetch
-
-_TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-_DISTRIBUTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,35 +68,17 @@ def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> Transfe
             DataError where a picture is broken behind its header or outside of the sample that the plan looks at.
     """
     if not isinstance(dataset, Dataset | DatasetDict):
-        return run_transfer(configure(dataset=dataset, **options))
+        return run_transfer(configure(TransferConfig, dataset=dataset, **options))
     splits = [dataset] if isinstance(dataset, Dataset) else dataset.values()
     name = "-".join(["memory", *(split._fingerprint for split in splits)][:2])
-    return run_transfer(configure(dataset=name, **options), source=dataset)
+    return run_transfer(configure(TransferConfig, dataset=name, **options), source=dataset)
 
 
 def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None = None) -> TransferResult:
     """`transfer` of a whole configuration. Prints the plan first and the scores last, on the main process."""
     plan = make_plan(config, source=source)
-    with _threads(plan.environment.threads):
-        _check_tracker(plan)
-        AcceleratorState._reset_state()  # a notebook's next run may ask for another precision
-        accelerator = Accelerator(
-            mixed_precision="no" if plan.environment.precision == "fp32" else plan.environment.precision,
-            log_with=config.tracker,
-            project_dir=str(plan.run.path),
-            cpu=not torch.accelerator.is_available(),  # else, on the CPU, Accelerate takes no notice of torchrun's processes
-        )
-        if accelerator.num_processes != plan.environment.num_processes:
-            raise ConfigError(
-                f"the launcher announces {plan.environment.num_processes} processes, but Accelerate joins "
-                f"{accelerator.num_processes}. Start with torchrun or accelerate launch."
-            )
-        if plan.environment.precision == "fp16" and accelerator.device.type == "cpu":
-            raise ConfigError("precision fp16 needs an accelerator, but the run is on the CPU. Use bf16 or fp32.")
-        atexit.register(accelerator.state.destroy_process_group)  # not sooner: this process may start another run
-        if accelerator.distributed_type not in _DISTRIBUTED:
-            raise ConfigError(f"distributed type {accelerator.distributed_type.value} is not supported; use DDP.")
-        return _run(plan, accelerator)
+    with torch_threads(plan.environment.threads):
+        return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
 
 
 def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
@@ -115,20 +94,17 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
         record = _record(plan, resolved)
         run.open(config.as_json(), record, overwrite=config.overwrite)
         print(plan.text())
-        _note_other_environment(read_json(run.plan)["environment"], record["environment"])
+        note_other_environment(read_json(run.plan)["environment"], record["environment"])
         print(
             f"{'':<9} smallest variance of a filter {effect.smallest_variance:.3g}: std_eps {TIMM_STD_EPS:g} instead of "
             f"{REFERENCE_STD_EPS:g} changes {effect.of} by {effect.relative_change:.2g} of the largest (in use: {std_eps:g})\n",
             flush=True,
         )
     accelerator.wait_for_everyone()
-    if config.tracker:
-        accelerator.init_trackers(
-            TRACKER_PROJECT, config={k: v for k, v in config.as_json().items() if isinstance(v, int | float | str)}
-        )
-    workers = config.num_workers if config.num_workers is not None else _default_workers(accelerator)
+    start_tracker(accelerator, config)
+    workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
     stream = TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed)
-    model = fine_tune(
+    model = train(
         model,
         stream,
         hyper,
@@ -163,23 +139,9 @@ def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
     return {
         "resolved": resolved,
         "notes": list(plan.data.notes),
-        "environment": {
-            "processes": plan.environment.num_processes,
-            "threads": plan.environment.threads,
-            "micro_batches": [[cut.size for cut in cuts] for cuts in plan.cuts],
-            "device": _device_name(),
-            "versions": versions(),
-            "command": sys.argv,
-        },
+        "environment": record_environment(plan.environment, plan.cuts),
         "rows": _few_shot_rows(plan),
     }
-
-
-def _note_other_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Says what a resumed run does otherwise than its first start, where that may show in the last bits."""
-    for name in ("processes", "threads", "micro_batches", "device", "versions"):
-        if before[name] != now[name]:
-            print(f"{'':<9} NOTE: resumed with other {name}: {before[name]} -> {now[name]}; the last bits may differ")
 
 
 def _few_shot_rows(plan: Plan) -> list[int] | None:
@@ -203,64 +165,15 @@ def _write(plan: Plan, model: ResNetV2, report: EvaluationReport, validation: Ev
     print(f"std_eps {TIMM_STD_EPS:g} instead of {REFERENCE_STD_EPS:g} {changes}\n")
     if validation:
         print(f"held out for validation: top-1 accuracy {validation.accuracy:.2%} of {validation.num_examples:,}\n")
-    for path, what in (
-        (run.model, "the model, in timm's hub layout"),
-        (run.report, "all scores"),
-        (run.table, "the same as a table"),
-        (run.metrics, "loss and rate of each step"),
-        (run.plan, "what was decided"),
-        (run.config, "what was asked"),
-    ):
+    for path, what in run.written():
         print(f"{path!s:<60} {what}")
-
-
-def _check_tracker(plan: Plan) -> None:
-    tracker = plan.config.tracker
-    if tracker is None:
-        return
-    if tracker not in _TRACKERS:
-        raise ConfigError(f'tracker "{tracker}"{did_you_mean(tracker, _TRACKERS)}: Accelerate knows {", ".join(_TRACKERS)}.')
-    if find_spec(tracker) is None:
-        raise ConfigError(
-            f'tracker "{tracker}" is not installed. Install it with `pip install {tracker}`, or leave --tracker out.'
-        )
-
-
-def _default_workers(accelerator: Accelerator) -> int:
-    if accelerator.device.type == "cpu":
-        return 0
-    share: int = available_cores() // accelerator.num_processes
-    return min(8, max(1, share))
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return str(_device())
-
-
-def _device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Sets torch's threads for the time of a run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
     """Seconds that training would take here, from a few timed passes over random pictures with random weights."""
     hyper, size = plan.resolution.hyper, plan.largest_micro_batch
-    with _threads(plan.environment.threads):
-        device = _device()
+    with torch_threads(plan.environment.threads):
+        device = find_device()
         model = timm.create_model(
             plan.weights.architecture, pretrained=False, num_classes=plan.data.num_classes, **plan.weights.model_args
         ).to(device)

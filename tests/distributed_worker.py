@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from bit_mixup.cli import main as command
-from bit_mixup.data import EvaluationView, TrainingStream, load_image_dataset
+from bit_mixup.data import load_image_dataset
+from bit_mixup.examples import EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
 from bit_mixup.mixup import Mixup
@@ -22,7 +23,7 @@ from bit_mixup.models import load_bit
 from bit_mixup.prediction import predict_logits
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
-from bit_mixup.training import fine_tune
+from bit_mixup.training import train as train_model
 
 VIEW = View(resize_size=48, crop_size=40, flip=False, interpolation="bilinear")
 RULE = HyperParameters(
@@ -42,7 +43,7 @@ def train(folder: Path, weights: str, accelerator: Accelerator) -> None:
     run = RunFolder(folder)
     folder.mkdir(exist_ok=True)
     model = load_bit(weights, num_classes=10).double()
-    fine_tune(model, stream, RULE, accelerator, mixup=Mixup(alpha=0.4), cuts=cuts, run=run, seed=3, save_every=60)
+    train_model(model, stream, RULE, accelerator, mixup=Mixup(alpha=0.4), cuts=cuts, run=run, seed=3, save_every=60)
 
 
 def score(weights: str, accelerator: Accelerator) -> torch.Tensor:

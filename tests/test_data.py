@@ -14,8 +14,9 @@ from hub import LoopbackHub
 from PIL import Image as Pillow
 from sklearn.datasets import load_digits
 
-from bit_mixup.data import EvaluationView, ImageDataset, Part, TrainingStream, load_image_dataset, summarize_sizes
+from bit_mixup.data import ImageDataset, Part, load_image_dataset, summarize_sizes
 from bit_mixup.errors import DataError
+from bit_mixup.examples import EvaluationView, TrainingStream
 from bit_mixup.images import View, decode
 from bit_mixup.sources import DIGITS_FOLDER
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bit_mixup.config import configure, resolve
+from bit_mixup.config import TransferConfig, configure, resolve
 from bit_mixup.errors import ConfigError
 from bit_mixup.hyperrule import HyperParameters, Preset, bit_hyperrule, learning_rate, rate_table, size_class
 from bit_mixup.weights import find_weights
@@ -101,7 +101,7 @@ def test_all_other_numbers(preset: Preset) -> None:
 
 
 def resolved(num_examples: int = 1_000, **options: Any) -> HyperParameters:
-    config = configure(dataset="digits", **options)
+    config = configure(TransferConfig, dataset="digits", **options)
     weights = find_weights("resnetv2_50x1_bit.goog_in21k")
     return resolve(config, num_examples=num_examples, image_area=32 * 32, weights=weights).hyper
 

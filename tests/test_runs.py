@@ -52,7 +52,7 @@ def test_a_saved_configuration_does_not_bring_overwrite_or_resume_back(quick: di
     with pytest.raises(SystemExit) as stopped:
         command(["fine-tune", "--config", str(saved), "--seed", "1"])
     assert stopped.value.code == 2
-    assert TransferConfig.from_json(saved) == configure(**quick)
+    assert TransferConfig.from_json(saved) == configure(TransferConfig, **quick)
 
 
 def test_a_run_killed_in_its_first_write_can_be_resumed(quick: dict[str, Any]) -> None:
@@ -145,9 +145,9 @@ def test_a_row_without_a_picture_is_named(quick: dict[str, Any]) -> None:
 def test_one_size_alone_keeps_the_rules_ratio_and_plain_values_are_taken() -> None:
     weights = find_weights("resnetv2_50x1_bit.goog_in21k")
     for options, sizes in (({"crop_size": 32}, (40, 32)), ({"resize_size": 40}, (40, 32)), ({"crop_size": 256}, (320, 256))):
-        found = resolve(configure(dataset="digits", **options), num_examples=1000, image_area=64, weights=weights)
+        found = resolve(configure(TransferConfig, dataset="digits", **options), num_examples=1000, image_area=64, weights=weights)
         assert (found.hyper.resize_size, found.hyper.crop_size) == sizes
-    config = configure(dataset=Path("digits"), output_dir="runs/x", decay_steps=[1, 2])
+    config = configure(TransferConfig, dataset=Path("digits"), output_dir="runs/x", decay_steps=[1, 2])
     assert (config.dataset, config.output_dir, config.decay_steps) == ("digits", Path("runs/x"), (1, 2))
 
 

@@ -16,15 +16,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import bit_mixup
-from bit_mixup.data import TrainingStream, load_image_dataset
+from bit_mixup.data import load_image_dataset
 from bit_mixup.errors import CheckpointError, NonFiniteError
+from bit_mixup.examples import TrainingStream
 from bit_mixup.hyperrule import HyperParameters, learning_rate
 from bit_mixup.images import View
 from bit_mixup.mixup import Mixup
 from bit_mixup.models import Normalize, load_bit
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import MicroBatch, cut_batch
-from bit_mixup.training import fine_tune
+from bit_mixup.training import train as train_model
 
 VIEW = View(resize_size=48, crop_size=40, flip=False, interpolation="bilinear")
 RULE = HyperParameters(
@@ -52,7 +53,7 @@ def train(
     run = RunFolder(folder)
     folder.mkdir()
     mixup = Mixup(alpha=hyper.mixup_alpha)
-    fine_tune(model, stream, hyper, Accelerator(cpu=True), mixup=mixup, cuts=cuts, run=run, seed=3, save_every=1000)
+    train_model(model, stream, hyper, Accelerator(cpu=True), mixup=mixup, cuts=cuts, run=run, seed=3, save_every=1000)
     return [row["loss"] for row in run.read_metrics()], model.state_dict()
 
 

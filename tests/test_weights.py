@@ -19,7 +19,7 @@ from timm.layers.std_conv import StdConv2d
 from torch import Tensor
 
 from bit_mixup.catalog import ARCHITECTURES, list_bit_models
-from bit_mixup.config import configure
+from bit_mixup.config import TransferConfig, configure
 from bit_mixup.errors import WeightsError
 from bit_mixup.images import View
 from bit_mixup.models import load_bit, save_model, std_eps_effect
@@ -118,8 +118,8 @@ def test_a_repository_of_a_user_in_timms_layout(hub: LoopbackHub, asked: list[tu
 def test_a_plan_for_a_repository_of_a_user_knows_what_is_in_it(hub: LoopbackHub, tiny_bit: Path, tmp_path: Path) -> None:
     hub.add_model("someone/planned", {name: tiny_bit / name for name in ("config.json", "model.safetensors")}, commit=COMMIT)
     options = {"dataset": "digits", "resolution": "model", "output_dir": tmp_path / "run"}
-    local = make_plan(configure(model=str(tiny_bit), **options))
-    plan = make_plan(configure(model="someone/planned", revision=COMMIT, **options))
+    local = make_plan(configure(TransferConfig, model=str(tiny_bit), **options))
+    plan = make_plan(configure(TransferConfig, model="someone/planned", revision=COMMIT, **options))
     assert plan.resolution == local.resolution
     assert plan.resolution.hyper.crop_size == 40
     assert (plan.view, plan.cuts, plan.memory_bytes()) == (local.view, local.cuts, local.memory_bytes())

@@ -1,0 +1,170 @@
+"""Which pictures and labels does the model get to see, and in what order?
+
+Where examples come from is hidden behind a protocol: columns of the `datasets` library (`bit_mixup.data.Part`) or arrays in
+memory (`ArrayImages`, which needs neither that library nor files). Torch is not imported: pictures leave as NumPy bytes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from bit_mixup.errors import DataError
+from bit_mixup.images import Bytes3d
+from bit_mixup.sampling import row_at
+
+Labels = npt.NDArray[Any]  # int64 (N,), or uint8 (N, K)
+Batch = tuple[npt.NDArray[np.uint8], Labels]
+
+
+class Examples(Protocol):
+    """Labelled pictures that are found by an index from 0."""
+
+    @property
+    def labels(self) -> Labels:
+        """(N,), a class for each; or (N, K) of 0 and 1 where a picture may have several."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int], /) -> list[Image.Image]:
+        """Decoded pictures, RGB; raises DataError for a broken one."""
+        ...
+
+    def ids(self, indices: Sequence[int], /) -> list[str]:
+        """How people find these examples."""
+        ...
+
+
+class View(Protocol):
+    """How a picture becomes the square of bytes that a model is shown, (3, crop, crop)."""
+
+    def train(self, image: Image.Image, *, seed: int, position: int) -> Bytes3d:
+        """For training: a function of the seed and of the position in the run."""
+        ...
+
+    def evaluate(self, image: Image.Image) -> Bytes3d:
+        """For evaluation: nothing is random."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingStream:
+    """All training examples of a run, laid end to end: a map-style data set whose index is the position in the run.
+
+    What stands at a position (row, crop, flip) is a function of the seed and the position alone.
+    """
+
+    part: Examples
+    view: View
+    seed: int
+
+    def row(self, position: int) -> int:
+        """Index into the part of the example at a position."""
+        return row_at(position, seed=self.seed, num_examples=len(self.part))
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Where the examples at some positions are found: the file, or the row of the split."""
+        return self.part.ids([self.row(position) for position in positions])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+        """Pictures (N, 3, crop, crop) and labels (N,) at some positions; a broken picture comes back as the error to raise.
+
+        (An exception raised in a worker process would reach the user wrapped in a traceback of that process.)
+        """
+        indices = [self.row(position) for position in positions]
+        try:
+            pictures = zip(positions, self.part.read(indices), strict=True)
+            images = [self.view.train(picture, seed=self.seed, position=position) for position, picture in pictures]
+        except DataError as error:
+            return error
+        return np.stack(images), self.part.labels[indices]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationView:
+    """The examples of a part as they are scored: resized straight to the crop's edge, in order."""
+
+    part: Examples
+    view: View
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch | DataError:
+        """Pictures (N, 3, crop, crop) and labels (N,); a broken picture comes back as the error to raise."""
+        try:
+            images = [self.view.evaluate(picture) for picture in self.part.read(indices)]
+        except DataError as error:
+            return error
+        return np.stack(images), self.part.labels[list(indices)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ArrayImages:
+    """Labelled pictures in memory, all of one size.
+
+    Args:
+        images: (N, H, W, 3) or grey (N, H, W), uint8.
+        labels: (N,) whole numbers from 0 to the number of classes less one; or (N, K) of 0 and 1, several classes a picture.
+        class_names: in the order of the labels.
+
+    Raises:
+        DataError: shapes, types or ranges are others.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: Labels
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shape, classes = self.images.shape, len(self.class_names)
+        if self.images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+            raise DataError(f"images are {self.images.dtype} of shape {shape}; expected uint8 of (N, H, W) or (N, H, W, 3).")
+        if not len(self.images) or self.labels.shape[:1] != shape[:1]:
+            raise DataError(f"there are {shape[0]} images, but labels of shape {self.labels.shape}; expected one for each.")
+        if self.labels.ndim == 1:
+            if not np.issubdtype(self.labels.dtype, np.integer) or self.labels.min() < 0 or self.labels.max() >= classes:
+                raise DataError(f"labels must be whole numbers from 0 to {classes - 1}, one less than there are class names.")
+        elif self.labels.shape[1:] != (classes,) or not np.isin(self.labels, (0, 1)).all():
+            raise DataError(f"labels of several classes must be of shape (N, {classes}) and hold 0 and 1 alone.")
+        object.__setattr__(self, "labels", self.labels.astype(np.int64 if self.labels.ndim == 1 else np.uint8))
+
+    @classmethod
+    def load(cls, path: Path) -> "ArrayImages":
+        """Reads an .npz file of the arrays `images`, `labels` and `class_names`.
+
+        Raises:
+            DataError: it can not be read, or lacks one of them.
+        """
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in ("images", "labels", "class_names")}
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:  # a TypeError: of a single .npy
+            raise DataError(f"{path} can not be read as arrays of images, labels and class_names: {error}") from error
+        names = tuple(str(name) for name in arrays["class_names"].reshape(-1).tolist())
+        return cls(images=arrays["images"], labels=arrays["labels"], class_names=names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything, pixels too."""
+        digest = hashlib.sha256(repr((self.class_names, self.images.shape)).encode() + self.labels.tobytes())
+        digest.update(np.ascontiguousarray(self.images).tobytes())
+        return digest.hexdigest()[:16]
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The pictures at these indices, RGB."""
+        return [Image.fromarray(self.images[index]).convert("RGB") for index in indices]
+
+    def ids(self, indices: Sequence[int]) -> list[str]:
+        """The rows at these indices."""
+        return [f"row {index}" for index in indices]

@@ -1,0 +1,329 @@
+"""Pre-training and distillation, the whole story: BiT's upstream half.
+
+The loop, checkpoints and run folder of fine-tuning, with BiT's upstream recipe in place of the HyperRule. Neither the `datasets`
+library nor the command line is imported: arrays in memory will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from timm.models.resnetv2 import ResNetV2
+
+from bit_mixup.augmentation import InceptionView
+from bit_mixup.config import DistillConfig, PretrainConfig, configure, resolve_upstream
+from bit_mixup.environment import Environment, read_environment
+from bit_mixup.errors import ConfigError
+from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label
+from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
+from bit_mixup.hyperrule import HyperParameters, rate_table
+from bit_mixup.images import View
+from bit_mixup.launching import (
+    default_workers,
+    join_processes,
+    note_other_environment,
+    record_environment,
+    start_tracker,
+    torch_threads,
+)
+from bit_mixup.mixup import Mixup
+from bit_mixup.models import TIMM_STD_EPS, build_bit, create_bit, save_model
+from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from bit_mixup.prediction import predict_logits
+from bit_mixup.runs import RunFolder, default_folder
+from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
+from bit_mixup.storage import read_json, whole_folder, write_json, write_text
+from bit_mixup.training import train
+from bit_mixup.upstream import Upstream, load_upstream
+from bit_mixup.weights import Weights, fetch, find_network, find_weights, size_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PretrainPlan:
+    """All decisions of a pre-training run.
+
+    Args:
+        config: what was asked.
+        data: what is trained on.
+        network: architecture and input size; its file counts only for distillation with `init`.
+        hyper: rates, batch and length.
+        view: how pictures are shown.
+        environment: launcher and machine.
+        cuts: for each process its micro-batches of a global batch.
+        run: where files go.
+    """
+
+    config: PretrainConfig
+    data: Upstream
+    network: Weights
+    hyper: HyperParameters
+    view: InceptionView
+    environment: Environment
+    cuts: list[list[MicroBatch]]
+    run: RunFolder
+
+    @property
+    def saved_view(self) -> View:
+        """How the finished model wants its pictures."""
+        size = self.hyper.crop_size
+        return View(resize_size=size, crop_size=size, flip=self.view.flip, interpolation=self.view.interpolation)
+
+    def resolved(self) -> dict[str, Any]:
+        """What has a say in the result, as plain values."""
+        return {
+            "task": "distill" if isinstance(self.config, DistillConfig) else "pretrain",
+            "hyper": {name: str(value) if value == float("inf") else value for name, value in asdict(self.hyper).items()},
+            "view": asdict(self.view),
+            "precision": self.environment.precision,
+            "data": {
+                "name": self.data.name,
+                "revision": self.data.revision,
+                "fingerprint": self.data.fingerprint,
+                "multi_label": self.data.multi_label,
+                "train_examples": len(self.data.train),
+                "test_examples": len(self.data.test) if self.data.test else 0,
+                "classes": len(self.data.class_names),
+            },
+            "network": {"architecture": self.network.architecture, "model_args": dict(self.network.model_args)},
+        }
+
+    def text(self) -> str:
+        """The plan as it is printed."""
+        hyper, data, view = self.hyper, self.data, self.view
+        rates = "; ".join(
+            f"steps {first}-{last}: {start:.4g}" + (f" rising to {end:.4g}" if end > start else "")
+            for first, last, start, end in rate_table(hyper)
+        )
+        body = self.network.shape.parameter_count()
+        start = "its own weights" if isinstance(self.config, DistillConfig) and self.config.init else "random weights"
+        labels = "several labels a picture, sigmoid" if data.multi_label else "one label a picture, softmax"
+        passes = hyper.steps * hyper.batch_size / len(data.train)
+        if isinstance(self.config, DistillConfig):
+            labels = f"no labels: KL from the teacher {self.config.teacher} at temperature {self.config.temperature:g}"
+        micro = max(cut.size for cuts in self.cuts for cut in cuts)
+        lines = [
+            ("data", f"{data.name}: {len(data.train):,} examples, {len(data.class_names):,} classes; {labels}"),
+            *(("", note) for note in data.notes),
+            ("network", f"{self.network.architecture}: {size_text(body, '')} parameters and a head, from {start}, "
+                        f"seed {self.config.seed}"),
+            ("recipe", f"{hyper.steps:,} steps of SGD, momentum {hyper.momentum}, weight decay {hyper.weight_decay:g}"),
+            ("", f"rate {rates}"),
+            ("", f"inception crops of {view.min_area:.0%} or more at {view.crop_size} px, "
+                 f"{'mirrored half of the time' if view.flip else 'never mirrored'}{', distorted' if view.distort else ''}"),
+            ("mixup", f"alpha {hyper.mixup_alpha}, one weight for each {self.config.mixup_lam}" if hyper.mixup_alpha else "off"),
+            ("batch", f"{hyper.batch_size} examples a step = {self.environment.num_processes} process(es) x {len(self.cuts[0])} "
+                      f"micro-batch(es) of up to {micro}; {passes:.3g} passes over the data set"),
+            ("machine", f"{self.environment.precision} ({self.environment.precision_from}), "
+                        f"{self.environment.threads} thread(s)"),
+            *(("", note) for note in self.environment.notes),
+            ("writes", f"{self.run.path}/"),
+        ]  # fmt: skip
+        return "\n".join(f"{heading:<9} {entry}" for heading, entry in lines)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PretrainResult:
+    """What a run leaves in memory.
+
+    Args:
+        model: trained, on its device.
+        plan: everything that was decided.
+        report: scores, where a test split was named.
+        output_dir: the run's folder.
+    """
+
+    model: ResNetV2
+    plan: PretrainPlan
+    report: EvaluationReport | MultiLabelReport | None
+    output_dir: Path
+
+
+def pretrain(*, dataset: str | Path | ArrayImages | Dataset | DatasetDict, **options: Any) -> PretrainResult:
+    """Trains a BiT from random weights by the upstream recipe and writes the run's folder.
+
+    Its `model/` is what `bit_mixup.transfer(model=...)` takes.
+
+    Args:
+        dataset: as in `PretrainConfig.dataset`; or arrays or a data set in memory.
+        **options: fields of `PretrainConfig`.
+
+    Raises:
+        BitMixupError: see the classes in `bit_mixup.errors`; raised before any training starts, but for NonFiniteError and for a
+            picture that is broken behind its header.
+    """
+    if isinstance(dataset, str | Path):
+        return run_pretrain(configure(PretrainConfig, dataset=dataset, **options))
+    return run_pretrain(configure(PretrainConfig, dataset="memory", **options), source=dataset)
+
+
+def distill(*, dataset: str | Path | ArrayImages | Dataset | DatasetDict, teacher: str | Path, **options: Any) -> PretrainResult:
+    """Trains a BiT to agree with another on the same views and the same mixed images; see `bit_mixup.objectives.Distillation`.
+
+    Args:
+        dataset: as in `pretrain`; its labels are not used.
+        teacher: as in `DistillConfig.teacher`.
+        **options: fields of `DistillConfig`.
+
+    Raises:
+        BitMixupError: as `pretrain`; WeightsError also for a teacher without a head.
+    """
+    if isinstance(dataset, str | Path):
+        return run_pretrain(configure(DistillConfig, dataset=dataset, teacher=teacher, **options))
+    return run_pretrain(configure(DistillConfig, dataset="memory", teacher=teacher, **options), source=dataset)
+
+
+def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan:
+    """Opens the data and decides everything.
+
+    Raises:
+        BitMixupError: something can not be used; nothing has been written.
+    """
+    environment = read_environment(precision=config.precision, threads=config.threads)
+    network = find_network(config.model)
+    run = RunFolder(config.output_dir or default_folder(config.dataset.removesuffix(".npz"), network.short_name, config.seed))
+    run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
+    data = load_upstream(
+        config.dataset if source is None else source,
+        config=config.dataset_config,
+        revision=config.dataset_revision,
+        train_split=config.train_split,
+        test_split=config.test_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
+    hyper = resolve_upstream(config, num_examples=len(data.train), weights=network)
+    if isinstance(config, DistillConfig) and config.test_split is not None:
+        raise ConfigError("distillation scores nothing, so test_split has no use. Leave it out.")
+    return PretrainPlan(
+        config=config,
+        data=data,
+        network=network,
+        hyper=hyper,
+        view=InceptionView(
+            crop_size=hyper.crop_size,
+            flip=config.flip,
+            interpolation=network.interpolation,
+            min_area=config.min_area,
+            distort=config.distort,
+        ),
+        environment=environment,
+        cuts=cut_batch(
+            hyper.batch_size,
+            num_processes=environment.num_processes,
+            micro_batch=config.micro_batch
+            or fitting_micro_batch(network.shape.activation_bytes(hyper.crop_size), mixed=hyper.mixup_alpha > 0),
+            group_size=GROUP_SIZE if hyper.mixup_alpha else 1,
+        ),
+        run=run,
+    )
+
+
+def run_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainResult:
+    """`pretrain` or `distill` of a whole configuration. Prints the plan first and the scores last, on the main process."""
+    plan = plan_pretrain(config, source=source)
+    with torch_threads(plan.environment.threads):
+        return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
+
+
+def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
+    config, hyper, run = plan.config, plan.hyper, plan.run
+    model, objective = _model_and_objective(plan, accelerator)
+    if accelerator.is_main_process:
+        record: dict[str, Any] = {
+            "resolved": {**plan.resolved(), "std_eps": config.std_eps or TIMM_STD_EPS},
+            "notes": list(plan.data.notes),
+            "environment": record_environment(plan.environment, plan.cuts),
+        }
+        run.open(config.as_json(), record, overwrite=config.overwrite)
+        print(plan.text())
+        note_other_environment(read_json(run.plan)["environment"], record["environment"])
+        print(flush=True)
+    accelerator.wait_for_everyone()
+    start_tracker(accelerator, config)
+    workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
+    model = train(
+        model,
+        TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed),
+        hyper,
+        accelerator,
+        mixup=Mixup(alpha=hyper.mixup_alpha, lam=config.mixup_lam),
+        cuts=plan.cuts,
+        run=run,
+        objective=objective,
+        seed=config.seed,
+        num_workers=workers,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    report = _score(plan, model, accelerator, workers)
+    if accelerator.is_main_process:
+        _write(plan, model, report)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
+    return PretrainResult(model=model, plan=plan, report=report, output_dir=run.path)
+
+
+def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator) -> tuple[ResNetV2, Objective]:
+    config = plan.config
+    std_eps = config.std_eps or TIMM_STD_EPS
+    if not isinstance(config, DistillConfig):
+        model = create_bit(plan.network, num_classes=len(plan.data.class_names), seed=config.seed, std_eps=std_eps)
+        return model, SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
+    with accelerator.main_process_first():
+        teacher = build_bit(fetch(find_weights(config.teacher)), keep_head=True)
+        network = fetch(plan.network) if config.init else plan.network
+    if config.init:
+        model = build_bit(network, num_classes=int(teacher.num_classes), std_eps=std_eps)
+    else:
+        model = create_bit(network, num_classes=int(teacher.num_classes), seed=config.seed, std_eps=std_eps)
+    if _normalization(teacher) != _normalization(model):
+        raise ConfigError(
+            f"the teacher normalises pictures by {_normalization(teacher)}, the student by {_normalization(model)}: they would "
+            "not see the same. Choose a student with the teacher's mean and standard deviation."
+        )
+    teacher.to(accelerator.device).to(memory_format=torch.channels_last)
+    return model, Distillation(teacher, temperature=config.temperature)
+
+
+def _normalization(model: ResNetV2) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    cfg: Any = model.pretrained_cfg
+    return tuple(cfg["mean"]), tuple(cfg["std"])
+
+
+def _score(
+    plan: PretrainPlan, model: ResNetV2, accelerator: Accelerator, workers: int
+) -> EvaluationReport | MultiLabelReport | None:
+    test = plan.data.test
+    if test is None:
+        return None
+    view = EvaluationView(part=test, view=plan.view)
+    batch_size = max(cut.size for cuts in plan.cuts for cut in cuts)
+    logits = predict_logits(model, view, accelerator, batch_size=batch_size, num_workers=workers)
+    score = evaluate_multi_label if plan.data.multi_label else evaluate
+    return score(logits, torch.from_numpy(test.labels), plan.data.class_names)
+
+
+def _write(plan: PretrainPlan, model: ResNetV2, report: EvaluationReport | MultiLabelReport | None) -> None:
+    run, names = plan.run, list(plan.data.class_names)
+    if isinstance(plan.config, DistillConfig):  # the outputs are the teacher's classes, whose names it may not have
+        names = [str(index) for index in range(int(model.num_classes))] if len(names) != int(model.num_classes) else names
+    with whole_folder(run.model) as folder:
+        save_model(model, folder, label_names=names, view=plan.saved_view, std_eps=plan.config.std_eps or TIMM_STD_EPS)
+    if report is not None:
+        write_json(run.report, report.as_dict())
+        write_text(run.table, f"# {plan.data.name}, {plan.network.name}, seed {plan.config.seed}\n\n{report.table()}")
+        print(f"\n{report.table(worst=10)}")
+    losses = [row["loss"] for row in run.read_metrics()]
+    last = losses[-100:]
+    print(f"\nloss {losses[0]:.4g} at the first step, {sum(last) / len(last):.4g} over the last {len(last)}\n")
+    for path, what in run.written():
+        print(f"{path!s:<60} {what}")

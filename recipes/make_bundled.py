@@ -1,0 +1,197 @@
+"""Train the small BiT that ships inside the package (``bit_mixup/bundled``) and score it on classes it has never seen.
+
+    make upstream
+    torchrun --standalone --nproc_per_node 2 recipes/make_bundled.py
+
+`bit_mixup.pretrain` on the set that `recipes/build_upstream.py` has built; no other set is looked at. Then the
+body is written in fp16, without the head, and a ridge head on its frozen features is scored few-shot on the held-out upstream
+classes. A killed run goes on where it stopped when it is started again. `--kinds glyph` or `picture` trains on a part of the
+upstream set, for comparison.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import Ridge
+
+import bit_mixup
+from bit_mixup.data import Part
+from bit_mixup.environment import versions
+from bit_mixup.examples import ArrayImages, EvaluationView
+from bit_mixup.images import View
+from bit_mixup.models import Normalize
+from bit_mixup.storage import whole_folder, write_json
+
+ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v2", 40
+MODEL_ARGS = {"channels": [64, 128, 256, 512], "stem_chs": 32, "norm_layer": "groupnorm1"}
+HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
+SHOTS, DRAWS = (1, 5, 10), 20
+RIDGE_ALPHA = 1.0  # on features scaled to unit variance as a whole
+
+
+def upstream_arrays(folder: Path, kinds: Sequence[str]) -> ArrayImages:
+    """The drawings of some kinds, with their classes numbered anew."""
+    with np.load(folder / "train.npz") as file:
+        images, labels, names, of_kind = (file[name] for name in ("images", "labels", "class_names", "kinds"))
+    chosen = np.isin(of_kind, kinds)
+    classes, labels = np.unique(labels[chosen], return_inverse=True)
+    return ArrayImages(images=images[chosen], labels=labels, class_names=tuple(names[classes].tolist()))
+
+
+def export(trained: Path, out: Path) -> None:
+    """Writes the body of a run's model in fp16 (timm copies it into fp32 parameters) and timm's config.json."""
+    state = {name: tensor.half() for name, tensor in load_file(trained / "model.safetensors").items() if "head.fc" not in name}
+    pretrained = {
+        "tag": TAG, "custom_load": False, "input_size": [3, RESOLUTION, RESOLUTION], "fixed_input_size": False,
+        "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": [0.5] * 3, "std": [0.5] * 3,
+        "num_classes": 0, "pool_size": [2, 2], "first_conv": "stem.conv", "classifier": "head.fc", "license": "apache-2.0",
+    }  # fmt: skip
+    config = {"architecture": ARCHITECTURE, "num_classes": 0, "num_features": 512, "global_pool": "avg"}
+    config |= {"model_args": MODEL_ARGS, "pretrained_cfg": pretrained}
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / "model.safetensors.part"
+    save_file(state, part, metadata={"format": "pt"})
+    part.chmod(0o644)
+    os.replace(part, out / "model.safetensors")
+    write_json(out / "config.json", config)
+
+
+@torch.no_grad()
+def features(model: Any, part: Part) -> npt.NDArray[np.float64]:
+    """Pooled features (N, 512) of the pictures of a part."""
+    view = EvaluationView(part=part, view=View(resize_size=48, crop_size=RESOLUTION, flip=False, interpolation="bilinear"))
+    outputs = []
+    for start in range(0, len(part), 256):
+        batch = view.__getitems__(range(start, min(start + 256, len(part))))
+        if isinstance(batch, Exception):
+            raise batch
+        outputs.append(model(Normalize.of(model)(torch.from_numpy(batch[0]))))
+    return torch.cat(outputs).double().numpy()
+
+
+def held_out_scores(bundled: Path, upstream: Path) -> dict[str, dict[int, float]]:
+    """Accuracy of a ridge head among the held-out classes of each kind, by examples per class, mean of 20 draws."""
+    model = timm.create_model(f"local-dir:{bundled}", pretrained=True, num_classes=0).eval()
+    scores: dict[str, dict[int, float]] = {}
+    for kind, name in HELD_OUT.items():
+        data = bit_mixup.load_image_dataset(str(upstream / name))
+        train, test = features(model, data.train), features(model, data.test)
+        centre, scale = train.mean(0), train.std()
+        train, test = (train - centre) / scale, (test - centre) / scale
+        scores[kind] = {}
+        for shots in SHOTS:
+            hits = []
+            for draw in range(DRAWS):
+                rng = np.random.default_rng([shots, draw])
+                rows = np.concatenate(
+                    [rng.permutation(np.flatnonzero(data.train.labels == label))[:shots] for label in range(data.num_classes)]
+                )
+                targets = np.eye(data.num_classes)[data.train.labels[rows]]
+                head = Ridge(alpha=RIDGE_ALPHA).fit(train[rows], targets)
+                hits.append((head.predict(test).argmax(1) == data.test.labels).mean())
+            scores[kind][shots] = round(float(np.mean(hits)), 4)
+    return scores
+
+
+def draw_loss(metrics: Path, target: Path) -> None:
+    """The loss of each step, and its mean over a hundred, as a picture."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = np.array([row["loss"] for row in rows])
+    width = min(100, len(losses))
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.plot(losses, color="0.85", linewidth=0.5, label="each step")
+    axes.plot(np.arange(width - 1, len(losses)), np.convolve(losses, np.ones(width) / width, "valid"), label=f"mean of {width}")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats)", title="Pre-training the bundled model", ylim=(0, losses.max() * 1.05))
+    rates = axes.twinx()
+    rates.plot([row["lr"] for row in rows], color="tab:orange", linewidth=1, label="rate")
+    rates.set(ylabel="rate", ylim=(0, None))
+    axes.legend(loc="upper right")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, writes and scores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, default=Path("runs/upstream/set"), help="what build_upstream.py wrote")
+    parser.add_argument("--kinds", nargs="+", default=["glyph", "picture"], choices=["glyph", "picture"])
+    parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="folder of the run")
+    parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
+    parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
+    parser.add_argument("--steps", type=int, default=26_000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--base-lr", type=float, default=0.1)
+    parser.add_argument("--warmup-steps", type=int, default=500)
+    parser.add_argument("--min-area", type=float, default=0.6)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(argv)
+    network = asked.run.with_name(f"{asked.run.name}-network")
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not (network / "config.json").is_file():  # the architecture, in the layout that --model accepts
+        model = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
+        with whole_folder(network) as folder:
+            save_file(model.state_dict(), folder / "model.safetensors")
+            cfg = {"input_size": [3, RESOLUTION, RESOLUTION], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+            write_json(folder / "config.json", {
+                "architecture": ARCHITECTURE, "num_classes": 0, "model_args": MODEL_ARGS, "pretrained_cfg": cfg,
+            })  # fmt: skip
+    while not (network / "config.json").is_file():
+        time.sleep(0.1)
+    arrays = upstream_arrays(asked.upstream, asked.kinds)
+    began = time.monotonic()
+    bit_mixup.pretrain(
+        dataset=arrays, model=str(network), steps=asked.steps, batch_size=asked.batch_size, base_lr=asked.base_lr,
+        warmup_steps=asked.warmup_steps, min_area=asked.min_area, distort=True, flip=False, seed=asked.seed, threads=1,
+        save_every=500, output_dir=asked.run, resume=True,
+    )  # fmt: skip
+    if not first:
+        return
+    export(asked.run / "model", asked.out)
+    losses = [json.loads(line)["loss"] for line in (asked.run / "metrics.jsonl").read_text().splitlines()]
+    cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    facts = {
+        "kinds": asked.kinds,
+        "classes": len(arrays.class_names),
+        "drawings": len(arrays),
+        "steps": asked.steps,
+        "batch_size": asked.batch_size,
+        "base_lr": asked.base_lr,
+        "warmup_steps": asked.warmup_steps,
+        "min_area": asked.min_area,
+        "seed": asked.seed,
+        "first_loss": losses[0],
+        "last_loss": float(np.mean(losses[-100:])),
+        "minutes_of_this_start": (time.monotonic() - began) / 60,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "machine": cpu[1] if cpu else platform.machine(),
+        "versions": versions(),
+        "held_out_ridge": held_out_scores(asked.out, asked.upstream),
+    }
+    write_json(asked.run / "facts.json", facts)
+    if asked.kinds == ["glyph", "picture"]:
+        shutil.copyfile(asked.upstream / "classes.json", asked.out / "classes.json")
+    if asked.loss_curve:
+        draw_loss(asked.run / "metrics.jsonl", asked.loss_curve)
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
