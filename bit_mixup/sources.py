@@ -106,8 +106,8 @@ def _from_folder(path: Path) -> Source:
         shards = split is not None and all(re.search(r"\d+-of-\d+$", f.stem) for f in [file, *files.get(split, [])])
         if split is None or (split in files and not shards):
             raise DataError(
-                f"{file}: in a folder of data files each is named for its split, one each (train.csv, test.csv, ...) or as shards "
-                "(train-00000-of-00002.parquet, ...). Give a single file by its own path."
+                f"{file}: in a folder of data files each is named for its split, one each (train.csv, test.csv, ...) or as "
+                "shards (train-00000-of-00002.parquet, ...). Give a single file by its own path."
             )
         files.setdefault(split, []).append(file)
         kinds.add(_DATA_FILES[file.suffix.lower()])

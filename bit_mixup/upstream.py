@@ -142,16 +142,26 @@ def _from_columns(source: Any, config: str | None, revision: str | None, asked: 
 
 
 def _list_column(opened: Source, asked: _Columns) -> str | None:
-    """The column of lists of labels, if the labels are in one."""
-    from datasets import LargeList, List
+    """The column of lists of labels, if the labels are in one: named classes come before plain strings and numbers."""
+    from datasets import ClassLabel, LargeList, List
 
     if asked.train not in opened.splits:
         return None  # said where splits are picked
     features = opened.splits[asked.train].features
-    lists = [name for name, feature in features.items() if isinstance(feature, List | LargeList)]
+    lists = {name: feature.feature for name, feature in features.items() if isinstance(feature, List | LargeList)}
     if asked.label is not None:
         return asked.label if asked.label in lists else None
-    return lists[0] if len(lists) == 1 else None
+    named = [name for name, feature in features.items() if isinstance(lists.get(name, feature), ClassLabel)]
+    found = named or [name for name, inner in lists.items() if _is_plain(inner)]
+    if len(found) > 1 and any(name in lists for name in found):
+        raise DataError(f"{len(found)} columns could hold the classes: {', '.join(found)}. Name one with label_column.")
+    return found[0] if len(found) == 1 and found[0] in lists else None
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a list's members are strings or whole numbers."""
+    dtype = str(getattr(feature, "dtype", ""))
+    return "string" in dtype or "int" in dtype
 
 
 def _from_lists(opened: Source, asked: _Columns, column: str, name: str) -> Upstream:
@@ -163,10 +173,14 @@ def _from_lists(opened: Source, asked: _Columns, column: str, name: str) -> Upst
     class_names, index = _list_classes(data, column, split)
     parts: list[Part] = []
     for place in [split, *([pick_split(opened, asked.test, "test_split")] if asked.test else [])]:
+        if parts and place == split:
+            raise DataError(f'test_split and train_split are both "{place}": scores on training examples mean nothing.')
         rows = opened.splits[place]
-        if column not in rows.column_names:
-            raise DataError(f'split "{place}" has no column "{column}", which label_column names.')
-        labels = _multi_hot(rows[column][:], index, f'"{column}" of {place}', class_names)
+        for name_of_column, flag in ((image_column, "image_column"), (column, "label_column")):
+            if name_of_column not in rows.column_names:
+                raise DataError(f'split "{place}" has no column "{name_of_column}", which {flag} names.')
+        by_name = _index_by_name(rows.features[column], data.features[column], class_names)
+        labels = _multi_hot(rows[column][:], index if by_name is None else by_name, f'"{column}" of {place}', class_names)
         parts.append(undecoded_part(opened, place, image_column, labels))
     train, test = parts[0], parts[1] if len(parts) > 1 else None
     _check_classes(train.labels, f'"{column}" of {split}')
@@ -192,11 +206,25 @@ def _list_classes(data: Dataset, column: str, split: str) -> tuple[tuple[str, ..
     inner = data.features[column].feature
     if isinstance(inner, ClassLabel):
         return tuple(inner.names), {value: value for value in range(len(inner.names))}
-    values = {value for row in data[column][:] for value in row or ()}
-    if not values or not (all(isinstance(v, str) for v in values) or all(isinstance(v, int) for v in values)):
+    values = {value for row in data[column][:] for value in row or ()} if _is_plain(inner) else set()
+    if not values or None in values:
         raise DataError(f'the lists in "{column}" of {split} must hold strings or whole numbers, the same kind in all rows.')
     ordered = sorted(values)
     return tuple(str(value) for value in ordered), {value: position for position, value in enumerate(ordered)}
+
+
+def _index_by_name(here: Any, in_training: Any, class_names: tuple[str, ...]) -> dict[Any, int] | None:
+    """What the values of a split stand for, by their names; None where they mean what they mean in the training split."""
+    from datasets import ClassLabel, LargeList, List
+
+    if not isinstance(here, List | LargeList):
+        raise DataError(f"the labels of the split to score are {here}, but those of the training split are lists.")
+    trained = in_training.feature
+    if here == in_training or (not isinstance(trained, ClassLabel) and "int" in trained.dtype):
+        return None
+    if isinstance(here.feature, ClassLabel):
+        return {value: class_names.index(name) for value, name in enumerate(here.feature.names) if name in class_names}
+    return {name: position for position, name in enumerate(class_names)}
 
 
 def _multi_hot(lists: list[Any], index: dict[Any, int], where: str, class_names: tuple[str, ...]) -> Labels:

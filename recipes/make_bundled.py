@@ -1,7 +1,7 @@
 """Train the small BiT that ships inside the package (``bit_mixup/bundled``) and score it on classes it has never seen.
 
     make upstream
-    torchrun --standalone --nproc_per_node 2 recipes/make_bundled.py
+    make bundled
 
 `bit_mixup.pretrain` on the set that `recipes/build_upstream.py` has built; no other set is looked at. Then the
 body is written in fp16, without the head, and a ridge head on its frozen features is scored few-shot on the held-out upstream
@@ -34,7 +34,7 @@ from bit_mixup.environment import versions
 from bit_mixup.examples import ArrayImages, EvaluationView
 from bit_mixup.images import View
 from bit_mixup.models import Normalize
-from bit_mixup.storage import whole_folder, write_json
+from bit_mixup.storage import whole_folder, write_json, write_text
 
 ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v2", 40
 MODEL_ARGS = {"channels": [64, 128, 256, 512], "stem_chs": 32, "norm_layer": "groupnorm1"}
@@ -128,6 +128,45 @@ def draw_loss(metrics: Path, target: Path) -> None:
     plt.close(figure)
 
 
+def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attribution: str) -> None:
+    """The model card, from the facts of the run and the upstream set's own list of sources."""
+    lines = [
+        f"| {kind}s | " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |"
+        for kind, scores in facts["held_out_ridge"].items()
+    ]
+    names = (
+        "classes",
+        "drawings",
+        "min_area",
+        "base_lr",
+        "warmup_steps",
+        "batch_size",
+        "steps",
+        "seed",
+        "first_loss",
+        "last_loss",
+    )
+    template = Path(__file__).with_name("bundled_card.md").read_text(encoding="utf-8")
+    text = template.format(
+        architecture=ARCHITECTURE,
+        tag=TAG,
+        resolution=RESOLUTION,
+        model_args=json.dumps(MODEL_ARGS),
+        parameters=facts["parameters"],
+        glyphs=len(classes["glyphs"]["trained"]),
+        pictures=len(classes["pictures"]["trained"]),
+        decays=", ".join(f"{share:.0%}" for share in facts["decays"]),
+        minutes=facts["minutes"],
+        machine=facts["machine"],
+        torch=facts["versions"]["torch"],
+        timm=facts["versions"]["timm"],
+        draws=DRAWS,
+        table="\n".join(lines),
+        **{name: facts[name] for name in names},
+    )
+    write_text(out / "README.md", text + attribution.replace("# Where", "## Where", 1))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, writes and scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,11 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
-    parser.add_argument("--steps", type=int, default=26_000)
+    parser.add_argument("--steps", type=int, default=17_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--base-lr", type=float, default=0.1)
     parser.add_argument("--warmup-steps", type=int, default=500)
+    parser.add_argument("--decays", type=float, nargs="*", default=[0.6, 0.8, 0.92], help="as shares of the steps")
     parser.add_argument("--min-area", type=float, default=0.6)
+    parser.add_argument("--num-workers", type=int, default=1, help="processes that distort drawings")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
     network = asked.run.with_name(f"{asked.run.name}-network")
@@ -156,16 +197,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     while not (network / "config.json").is_file():
         time.sleep(0.1)
     arrays = upstream_arrays(asked.upstream, asked.kinds)
-    began = time.monotonic()
     bit_mixup.pretrain(
         dataset=arrays, model=str(network), steps=asked.steps, batch_size=asked.batch_size, base_lr=asked.base_lr,
-        warmup_steps=asked.warmup_steps, min_area=asked.min_area, distort=True, flip=False, seed=asked.seed, threads=1,
-        save_every=500, output_dir=asked.run, resume=True,
+        warmup_steps=asked.warmup_steps,
+        decay_steps=tuple(round(share * asked.steps) for share in asked.decays), min_area=asked.min_area, distort=True,
+        flip=False, seed=asked.seed, threads=1, num_workers=asked.num_workers, save_every=500, log_every=50,
+        output_dir=asked.run, resume=True,
     )  # fmt: skip
     if not first:
         return
     export(asked.run / "model", asked.out)
-    losses = [json.loads(line)["loss"] for line in (asked.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (asked.run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     facts = {
         "kinds": asked.kinds,
@@ -175,11 +218,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "batch_size": asked.batch_size,
         "base_lr": asked.base_lr,
         "warmup_steps": asked.warmup_steps,
+        "decays": asked.decays,
         "min_area": asked.min_area,
         "seed": asked.seed,
         "first_loss": losses[0],
         "last_loss": float(np.mean(losses[-100:])),
-        "minutes_of_this_start": (time.monotonic() - began) / 60,
+        "minutes": sum(asked.batch_size / row["images_per_second"] for row in rows) / 60,
+        "parameters": sum(tensor.numel() for tensor in load_file(asked.out / "model.safetensors").values()),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "machine": cpu[1] if cpu else platform.machine(),
         "versions": versions(),
@@ -188,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(asked.run / "facts.json", facts)
     if asked.kinds == ["glyph", "picture"]:
         shutil.copyfile(asked.upstream / "classes.json", asked.out / "classes.json")
+        classes = json.loads((asked.upstream / "classes.json").read_text(encoding="utf-8"))
+        write_card(asked.out, facts, classes, (asked.upstream / "ATTRIBUTION.md").read_text(encoding="utf-8"))
     if asked.loss_curve:
         draw_loss(asked.run / "metrics.jsonl", asked.loss_curve)
     print(json.dumps(facts, indent=2))

@@ -7,23 +7,28 @@ Leaves in FOLDER what the test compares with a single process.
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 
+from bit_mixup.augmentation import InceptionView
 from bit_mixup.cli import main as command
 from bit_mixup.data import load_image_dataset
-from bit_mixup.examples import EvaluationView, TrainingStream
+from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
 from bit_mixup.mixup import Mixup
-from bit_mixup.models import load_bit
+from bit_mixup.models import create_bit, load_bit
+from bit_mixup.objectives import Distillation, SigmoidCrossEntropy
 from bit_mixup.prediction import predict_logits
 from bit_mixup.runs import RunFolder
-from bit_mixup.sampling import cut_batch
+from bit_mixup.sampling import GROUP_SIZE, cut_batch
 from bit_mixup.training import train as train_model
+from bit_mixup.weights import find_network
 
 VIEW = View(resize_size=48, crop_size=40, flip=False, interpolation="bilinear")
 RULE = HyperParameters(
@@ -44,6 +49,37 @@ def train(folder: Path, weights: str, accelerator: Accelerator) -> None:
     folder.mkdir(exist_ok=True)
     model = load_bit(weights, num_classes=10).double()
     train_model(model, stream, RULE, accelerator, mixup=Mixup(alpha=0.4), cuts=cuts, run=run, seed=3, save_every=60)
+
+
+def pretrain(folder: Path, weights: str, accelerator: Accelerator) -> None:
+    """10 steps on distorted inception crops in double precision: several labels a picture, unmixed; and distillation, mixed."""
+    part = load_image_dataset("digits", examples_per_class=20).train
+    several = np.concatenate([np.eye(10)[part.labels], part.labels[:, None] > 4], axis=1)
+    images = np.stack([np.asarray(picture) for picture in part.read(range(len(part)))])
+    arrays = ArrayImages(images=images, labels=several, class_names=(*"0123456789", "large"))
+    view = InceptionView(crop_size=40, flip=True, interpolation="bilinear", min_area=0.3, distort=True)
+    stream = TrainingStream(part=arrays, view=view, seed=3)
+    world = accelerator.num_processes
+    teacher = load_bit(weights, keep_head=True).double()
+    for name, objective, num_classes, alpha in (
+        ("several", SigmoidCrossEntropy(), 11, 0.0),
+        ("distilled", Distillation(teacher), 4, 1.0),
+    ):
+        (folder / name).mkdir(exist_ok=True)
+        hyper = replace(RULE, resize_size=40, steps=10, warmup_steps=2, base_lr=0.001, weight_decay=1e-4, mixup_alpha=alpha)
+        cuts = cut_batch(64, num_processes=world, micro_batch=MICRO_BATCH[world], group_size=GROUP_SIZE if alpha else 1)
+        train_model(
+            create_bit(find_network(weights), num_classes=num_classes, seed=0).double(),
+            stream,
+            hyper,
+            accelerator,
+            mixup=Mixup(alpha=alpha),
+            cuts=cuts,
+            run=RunFolder(folder / name),
+            objective=objective,
+            seed=3,
+            save_every=10,
+        )
 
 
 def score(weights: str, accelerator: Accelerator) -> torch.Tensor:
@@ -69,6 +105,7 @@ def main(argv: list[str]) -> None:
     print(f"world size {accelerator.num_processes}, rank {accelerator.process_index}", flush=True)
     assert accelerator.num_processes == int(argv[2])
     train(folder / "double", weights, accelerator)
+    pretrain(folder, weights, accelerator)
     logits = score(weights, accelerator)
     safetensors.torch.save_file({"logits": logits}, folder / f"logits_{accelerator.process_index}.safetensors")
     command(options(folder / "whole", weights))

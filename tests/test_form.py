@@ -245,7 +245,7 @@ def test_make_lines_of_the_readme_expand_to_commands_that_parse() -> None:
 def test_every_make_target_expands_to_commands_that_parse() -> None:
     assert len(targets()) >= 15
     configurations = [parse(words) for words in dry_run(sorted(targets()))]
-    assert len(configurations) == 8, "fine-tune, the paper's five, plan and models"
+    assert len(configurations) == 10, "fine-tune, the paper's five, plan, models, pretrain and distill"
     paper = [config for config in configurations if config and config.dataset != "digits"]
     assert len(paper) == 5
     for config in paper:
