@@ -43,11 +43,15 @@ SHOTS, DRAWS = (1, 5, 10), 20
 RIDGE_ALPHA = 1.0  # on features scaled to unit variance as a whole
 
 
-def upstream_arrays(folder: Path, kinds: Sequence[str]) -> ArrayImages:
-    """The drawings of some kinds, with their classes numbered anew."""
+def upstream_arrays(folder: Path, kinds: Sequence[str], most: int | None = None) -> ArrayImages:
+    """The drawings of some kinds, with their classes numbered anew; of at most so many classes, drawn evenly from the kinds."""
     with np.load(folder / "train.npz") as file:
         images, labels, names, of_kind = (file[name] for name in ("images", "labels", "class_names", "kinds"))
     chosen = np.isin(of_kind, kinds)
+    if most is not None:
+        rng = np.random.default_rng(0)
+        kept = [rng.permutation(np.unique(labels[of_kind == kind]))[: most // len(kinds)] for kind in kinds]
+        chosen = np.isin(labels, np.concatenate(kept))
     classes, labels = np.unique(labels[chosen], return_inverse=True)
     return ArrayImages(images=images[chosen], labels=labels, class_names=tuple(names[classes].tolist()))
 
@@ -172,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, default=Path("runs/upstream/set"), help="what build_upstream.py wrote")
     parser.add_argument("--kinds", nargs="+", default=["glyph", "picture"], choices=["glyph", "picture"])
+    parser.add_argument("--classes", type=int, help="at most so many classes, for comparisons on a short budget")
     parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
@@ -196,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             })  # fmt: skip
     while not (network / "config.json").is_file():
         time.sleep(0.1)
-    arrays = upstream_arrays(asked.upstream, asked.kinds)
+    arrays = upstream_arrays(asked.upstream, asked.kinds, asked.classes)
     bit_mixup.pretrain(
         dataset=arrays, model=str(network), steps=asked.steps, batch_size=asked.batch_size, base_lr=asked.base_lr,
         warmup_steps=asked.warmup_steps,
@@ -231,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "held_out_ridge": held_out_scores(asked.out, asked.upstream),
     }
     write_json(asked.run / "facts.json", facts)
-    if asked.kinds == ["glyph", "picture"]:
+    if asked.kinds == ["glyph", "picture"] and asked.classes is None:
         shutil.copyfile(asked.upstream / "classes.json", asked.out / "classes.json")
         classes = json.loads((asked.upstream / "classes.json").read_text(encoding="utf-8"))
         write_card(asked.out, facts, classes, (asked.upstream / "ATTRIBUTION.md").read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ def test_a_class_that_no_training_picture_has_keeps_its_column() -> None:
 @pytest.mark.parametrize(
     ("rows", "feature"),
     [
-        ([[1, 0], [2]], List(ClassLabel(names=["dog", "cat", "owl"]))),
+        ([[1, 2], [0]], List(ClassLabel(names=["owl", "cat", "dog"]))),
         ([[0, 1], [2]], NAMED),
         ([["cat", "dog"], ["owl"]], STRINGS),
     ],
