@@ -159,6 +159,12 @@ class PretrainConfig(RunConfig):
     Of the model only the network counts: it starts from random weights. Plain names such as resnetv2_101x1_bit will do.
     """
 
+    test_split: str | None = None
+    """Split to score. None: nothing is scored."""
+    model: str = DEFAULT_MODEL
+    """The network: bundled (the small one), an architecture such as resnetv2_101x1_bit, or the name or folder of a model."""
+    steps: int | None = None
+    """Optimizer steps, in place of epochs."""
     epochs: float = 90.0
     """Length of the run in passes over the data set, unless steps are given."""
     min_area: float = 0.08

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, LargeList, List, V
 from PIL.Image import Image as Picture
 
 from bit_mixup.errors import DataError, did_you_mean
+from bit_mixup.examples import LabelSets
 from bit_mixup.images import EXTENSIONS, decode, open_encoded
 from bit_mixup.sampling import Purpose, few_shot_rows, generator, stratified_rows
 from bit_mixup.sources import TEST_SPLITS, Source, open_source
@@ -35,13 +36,13 @@ class Part:
         name: of the split, for messages.
         pictures: the split's pictures, not decoded; one column.
         rows: which rows of it belong to the part, (N,).
-        labels: of those rows, (N,), from 0 to the number of classes less one.
+        labels: of those rows, (N,), from 0 to the number of classes less one; or `LabelSets`.
     """
 
     name: str
     pictures: Dataset
     rows: npt.NDArray[np.int64]
-    labels: Labels
+    labels: Any
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -339,7 +340,7 @@ def _part(
     return undecoded_part(source, split, image_column, _labels(data, split, label_column, values, class_names))
 
 
-def undecoded_part(source: Source, split: str, image_column: str, labels: Labels) -> Part:
+def undecoded_part(source: Source, split: str, image_column: str, labels: Labels | LabelSets) -> Part:
     """All rows of a split as a part, with labels (N,) or (N, K)."""
     data = source.splits[split]
     return Part(

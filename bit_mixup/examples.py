@@ -23,12 +23,46 @@ Labels = npt.NDArray[Any]  # int64 (N,), or uint8 (N, K)
 Batch = tuple[npt.NDArray[np.uint8], Labels]
 
 
+@dataclass(frozen=True, eq=False)
+class LabelSets:
+    """Several labels a picture, kept as short as they are: a table of 0 and 1 for all of ImageNet-21k would take 300 GB.
+
+    Args:
+        values: the labels of all pictures, one after another.
+        offsets: where those of each picture start, and where the last ones end, (N + 1,).
+        num_classes: K.
+    """
+
+    values: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    num_classes: int
+
+    @property
+    def ndim(self) -> int:
+        """2, as of the table that it stands for."""
+        return 2
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Rows of the table, (n, K) of 0 and 1."""
+        rows = np.zeros((len(indices), self.num_classes), dtype=np.uint8)
+        for row, index in enumerate(indices):
+            rows[row, self.values[self.offsets[index] : self.offsets[index + 1]]] = 1
+        return rows
+
+    def tobytes(self) -> bytes:
+        """For a fingerprint."""
+        return self.offsets.astype("<i8").tobytes() + self.values.astype("<i8").tobytes()
+
+
 class Examples(Protocol):
     """Labelled pictures that are found by an index from 0."""
 
     @property
-    def labels(self) -> Labels:
-        """(N,), a class for each; or (N, K) of 0 and 1 where a picture may have several."""
+    def labels(self) -> Any:
+        """Asked for at a list of indices: (n,), a class for each; or (n, K) of 0 and 1 where a picture may have several."""
         ...
 
     def __len__(self) -> int: ...

@@ -6,7 +6,8 @@ library nor the command line is imported: arrays in memory will do.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class PretrainPlan:
         environment: launcher and machine.
         cuts: for each process its micro-batches of a global batch.
         run: where files go.
+        teacher: of distillation, on this machine or still on the hub.
     """
 
     config: PretrainConfig
@@ -68,6 +70,7 @@ class PretrainPlan:
     environment: Environment
     cuts: list[list[MicroBatch]]
     run: RunFolder
+    teacher: Weights | None = None
 
     @property
     def saved_view(self) -> View:
@@ -91,6 +94,7 @@ class PretrainPlan:
                 "test_examples": len(self.data.test) if self.data.test else 0,
                 "classes": len(self.data.class_names),
             },
+            "teacher": _digest(self.teacher.file) if self.teacher and self.teacher.file else None,
             "network": {"architecture": self.network.architecture, "model_args": dict(self.network.model_args)},
         }
 
@@ -222,6 +226,7 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
             group_size=GROUP_SIZE if hyper.mixup_alpha else 1,
         ),
         run=run,
+        teacher=find_weights(config.teacher) if isinstance(config, DistillConfig) else None,
     )
 
 
@@ -234,6 +239,9 @@ def run_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainResul
 
 def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
     config, hyper, run = plan.config, plan.hyper, plan.run
+    if plan.teacher is not None:
+        with accelerator.main_process_first():  # one process downloads, the others find it in the cache
+            plan = replace(plan, teacher=fetch(plan.teacher))
     model, objective = _model_and_objective(plan, accelerator)
     if accelerator.is_main_process:
         record: dict[str, Any] = {
@@ -272,15 +280,20 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
     return PretrainResult(model=model, plan=plan, report=report, output_dir=run.path)
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator) -> tuple[ResNetV2, Objective]:
     config = plan.config
     std_eps = config.std_eps or TIMM_STD_EPS
-    if not isinstance(config, DistillConfig):
+    if not isinstance(config, DistillConfig) or plan.teacher is None:
         model = create_bit(plan.network, num_classes=len(plan.data.class_names), seed=config.seed, std_eps=std_eps)
         return model, SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
     with accelerator.main_process_first():
-        teacher = build_bit(fetch(find_weights(config.teacher)), keep_head=True)
         network = fetch(plan.network) if config.init else plan.network
+    teacher = build_bit(plan.teacher, keep_head=True)
     if config.init:
         model = build_bit(network, num_classes=int(teacher.num_classes), std_eps=std_eps)
     else:
@@ -309,13 +322,14 @@ def _score(
     batch_size = max(cut.size for cuts in plan.cuts for cut in cuts)
     logits = predict_logits(model, view, accelerator, batch_size=batch_size, num_workers=workers)
     score = evaluate_multi_label if plan.data.multi_label else evaluate
-    return score(logits, torch.from_numpy(test.labels), plan.data.class_names)
+    return score(logits, torch.from_numpy(test.labels[list(range(len(test)))]), plan.data.class_names)
 
 
 def _write(plan: PretrainPlan, model: ResNetV2, report: EvaluationReport | MultiLabelReport | None) -> None:
     run, names = plan.run, list(plan.data.class_names)
-    if isinstance(plan.config, DistillConfig):  # the outputs are the teacher's classes, whose names it may not have
-        names = [str(index) for index in range(int(model.num_classes))] if len(names) != int(model.num_classes) else names
+    if isinstance(plan.config, DistillConfig):  # the outputs are the teacher's classes
+        known = plan.teacher.label_names if plan.teacher else None
+        names = list(known or map(str, range(int(model.num_classes))))
     with whole_folder(run.model) as folder:
         save_model(model, folder, label_names=names, view=plan.saved_view, std_eps=plan.config.std_eps or TIMM_STD_EPS)
     if report is not None:

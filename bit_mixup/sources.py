@@ -103,14 +103,20 @@ def _from_folder(path: Path) -> Source:
     kinds = set()
     for file in sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _DATA_FILES):
         split = next((s for s in _SPLIT_FOLDERS if re.match(rf"{s}([^a-z]|$)", file.stem.lower())), None)
-        shards = split is not None and all(re.search(r"\d+-of-\d+$", f.stem) for f in [file, *files.get(split, [])])
-        if split is None or (split in files and not shards):
+        numbered = split is not None and all(re.search(r"\d+-of-\d+$", f.stem) for f in [file, *files.get(split, [])])
+        if split is None or (split in files and not numbered):
             raise DataError(
                 f"{file}: in a folder of data files each is named for its split, one each (train.csv, test.csv, ...) or as "
                 "shards (train-00000-of-00002.parquet, ...). Give a single file by its own path."
             )
         files.setdefault(split, []).append(file)
         kinds.add(_DATA_FILES[file.suffix.lower()])
+    for split, shards in files.items():
+        totals = [int(match[1]) for file in shards if (match := re.search(r"-of-(\d+)$", file.stem))]
+        if totals and totals != [len(shards)] * len(shards):
+            raise DataError(
+                f"{path}: {len(shards)} shard(s) of {split}, but their names speak of {max(totals)}. Fetch the others."
+            )
     if "train" in files and len(kinds) == 1:
         return _read_files(kinds.pop(), files)
     raise DataError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bit_mixup.errors import DataError, did_you_mean
-from bit_mixup.examples import ArrayImages, Examples, Labels
+from bit_mixup.examples import ArrayImages, Examples, Labels, LabelSets
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -97,8 +97,11 @@ def load_upstream(
     )
 
 
-def _check_classes(labels: Labels, where: str) -> None:
-    present = int((labels.sum(0) > 0).sum()) if labels.ndim == 2 else len(np.unique(labels))
+def _check_classes(labels: Labels | LabelSets, where: str) -> None:
+    if isinstance(labels, LabelSets):
+        present = len(np.unique(labels.values))
+    else:
+        present = int((labels.sum(0) > 0).sum()) if labels.ndim == 2 else len(np.unique(labels))
     if present < FEWEST_CLASSES:
         raise DataError(f"{where} holds fewer than two classes: there is nothing to learn.")
 
@@ -184,7 +187,7 @@ def _from_lists(opened: Source, asked: _Columns, column: str, name: str) -> Upst
         parts.append(undecoded_part(opened, place, image_column, labels))
     train, test = parts[0], parts[1] if len(parts) > 1 else None
     _check_classes(train.labels, f'"{column}" of {split}')
-    per_picture = train.labels.sum() / len(train)
+    per_picture = len(train.labels.values) / len(train)
     return Upstream(
         name=name,
         class_names=class_names,
@@ -227,22 +230,24 @@ def _index_by_name(here: Any, in_training: Any, class_names: tuple[str, ...]) ->
     return {name: position for position, name in enumerate(class_names)}
 
 
-def _multi_hot(lists: list[Any], index: dict[Any, int], where: str, class_names: tuple[str, ...]) -> Labels:
-    """(N, K) of 0 and 1; an empty or missing list is a row of zeros."""
-    labels = np.zeros((len(lists), len(index)), dtype=np.uint8)
+def _multi_hot(lists: list[Any], index: dict[Any, int], where: str, class_names: tuple[str, ...]) -> LabelSets:
+    """An empty or missing list is a picture without labels."""
+    found: list[int] = []
+    offsets = [0]
     for row, values in enumerate(lists):
         for value in values or ():
             if value not in index:
                 raise DataError(
                     f"{where} row {row} has the label {value!r}{did_you_mean(str(value), class_names)}, which is unknown."
                 )
-            labels[row, index[value]] = 1
-    return labels
+        found += sorted({index[value] for value in values or ()})
+        offsets.append(len(found))
+    return LabelSets(np.array(found, dtype=np.int64), np.array(offsets, dtype=np.int64), len(index))
 
 
 def _fingerprint(class_names: tuple[str, ...], revision: str | None, *parts: Part | None) -> str:
     digest = hashlib.sha256(repr((class_names, revision)).encode())
     for part in parts:
         if part is not None:
-            digest.update(part.name.encode() + part.rows.astype("<i8").tobytes() + np.ascontiguousarray(part.labels).tobytes())
+            digest.update(part.name.encode() + part.rows.astype("<i8").tobytes() + part.labels.tobytes())
     return digest.hexdigest()[:16]

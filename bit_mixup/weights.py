@@ -39,6 +39,7 @@ class Weights:
         pretrained_cfg: mean, std, input size and interpolation, as timm keeps them.
         std_eps: what the file's maker added to the variance in weight standardisation; None if unknown.
         revision: commit hash on the hub; None for files of this machine.
+        label_names: of the head's classes; None if unknown.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Weights:
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     std_eps: float | None = None
     revision: str | None = None
+    label_names: tuple[str, ...] | None = None
 
     @property
     def input_size(self) -> int:
@@ -223,6 +225,7 @@ def _from_folder(folder: Path, *, name: str | None) -> Weights:
         model_args=model_args,
         pretrained_cfg=cfg,
         std_eps=config.get("std_eps"),
+        label_names=tuple(config["label_names"]) if isinstance(config.get("label_names"), list) else None,
     )
 
 
