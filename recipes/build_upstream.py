@@ -6,7 +6,8 @@
 The sources come from the Debian archive (`apt-get download`, no root) and the npm registry (`npm pack`), and are kept in --cache.
 Only permissive, CC BY, OFL and public domain sources are taken; OUT/ATTRIBUTION.md lists them. OUT holds
 
-    train/train.parquet, train.npz                the trained classes
+    train/train-00000-of-000NN.parquet, ...       the trained classes
+    train.npz                                     the same as arrays, for `bit_mixup.ArrayImages`
     held_out_glyphs, held_out_pictures            train.parquet (10 drawings a class) and test.parquet of classes never trained on
     classes.json, facts.json, ATTRIBUTION.md      what is in it and where it is from
 
@@ -44,6 +45,7 @@ SIDE, MARGIN = 48, 4
 LEAST, MOST, PENS, FAMILIES = 4, 24, 6, 3  # drawings of a class; pen drawings of a letter come on top
 PER_SCRIPT, PER_ICON_SET = 700, 4
 HELD_OUT, HELD_OUT_LEAST, HELD_OUT_TRAIN = 50, 16, 10
+SHARD = 20_000  # rows of a parquet file
 ALIKE = {"glyph": 0.96, "picture": 0.98}  # correlation of two drawings in one style from which they count as the same
 ALLOWED = {"Apache-2.0", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "OFL-1.1", "Unlicense"}
 
@@ -614,7 +616,10 @@ def write_set(out: Path, kinds: dict[str, dict[str, list[Drawing]]], seed: int, 
             "held_out_train": len(parts["train"]),
             "held_out_test": len(parts["test"]),
         }
-    write_parquet(out / "train" / "train.parquet", rows, names)
+    shards = -(-len(rows) // SHARD)
+    for shard in range(shards):
+        part_rows = rows[shard * SHARD : (shard + 1) * SHARD]
+        write_parquet(out / "train" / f"train-{shard:05d}-of-{shards:05d}.parquet", part_rows, names)
     images = np.empty((len(rows), SIDE, SIDE, 3), np.uint8)
     for place, (_, _, drawing) in enumerate(rows):
         images[place] = drawing.pixels if drawing.pixels.ndim == 3 else drawing.pixels[:, :, None]

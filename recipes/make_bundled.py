@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
-    parser.add_argument("--steps", type=int, default=17_000)
+    parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--base-lr", type=float, default=0.1)
     parser.add_argument("--warmup-steps", type=int, default=500)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 SHIPPED = Path(upstream.__file__).parent.parent / "bit_mixup" / "bundled" / "classes.json"
-GLYPHS, PICTURES, HELD_OUT = 0, 0, 50  # trained classes of the shipped weights, and held-out ones of each kind
+GLYPHS, PICTURES, HELD_OUT = 4652, 4375, 50  # trained classes of the shipped weights, and held-out ones of each kind
 
 
 @pytest.mark.parametrize("char", "AzÆŋΩжאकあ한ꀀ")
@@ -63,7 +63,6 @@ def test_every_font_licence_can_be_looked_for() -> None:
 
 
 def test_svg_drawings_keep_aspect_and_margin() -> None:
-    pytest.importorskip("resvg_py", reason="pip install resvg-py")
     bar = {"body": '<path fill="currentColor" d="M4 10h16v4H4z"/>', "width": 24, "height": 24}
     pixels = upstream.draw_svg(bar)
     assert pixels is not None
@@ -103,7 +102,8 @@ def test_the_set_that_is_written(tmp_path: Path) -> None:
     assert len(held) == 2
     assert max(held) < "M"  # the others have too few drawings
     packed = np.load(tmp_path / "train.npz")
-    train = datasets.Dataset.from_parquet(str(tmp_path / "train" / "train.parquet"), cache_dir=str(tmp_path / "cache"))
+    shard = tmp_path / "train" / "train-00000-of-00001.parquet"
+    train = datasets.Dataset.from_parquet(str(shard), cache_dir=str(tmp_path / "cache"))
     assert train.features["label"].names == packed["class_names"].tolist()
     assert train["label"] == packed["labels"].tolist()
     assert np.array_equal(np.asarray(train[7]["image"].convert("RGB")), packed["images"][7])
@@ -127,6 +127,12 @@ def test_no_shipped_class_is_a_number() -> None:
     glyphs, pictures = shipped["glyphs"], shipped["pictures"]
     assert [len(glyphs["trained"]), len(glyphs["held_out"])] == [GLYPHS, HELD_OUT]
     assert [len(pictures["trained"]), len(pictures["held_out"])] == [PICTURES, HELD_OUT]
+    words = set(  # written here anew: the recipe's own lists must not be what proves it right
+        """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+        eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million digit digits number
+        numbers numeral numerals numeric first second third half quarter double triple dozen clock watch calendar date dice die
+        calculator medal keypad keycap domino stopwatch timer""".split()
+    )
     letters = [*glyphs["trained"], *glyphs["held_out"]]
     names = [*pictures["trained"], *pictures["held_out"]]
     assert len(set(letters)) == len(letters)
@@ -134,7 +140,8 @@ def test_no_shipped_class_is_a_number() -> None:
     for char in letters:
         assert unicodedata.numeric(char, None) is None, char
         assert unicodedata.category(char).startswith("L"), char
-        assert not upstream.has_number(re.findall("[A-Z0-9]+", unicodedata.name(char))), char
+        assert not re.search(r"\d", unicodedata.name(char)), char
+        assert not words & set(re.findall("[a-z]+", unicodedata.name(char).lower())), char
     for name in names:
         assert not re.search(r"\d", name), name
-        assert not (upstream.NUMBER_WORDS | upstream.SHOWS_DIGITS) & set(name.split("-")), name
+        assert not words & set(re.findall("[a-z]+", name)), name
