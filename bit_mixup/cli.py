@@ -100,7 +100,7 @@ def models_command(arguments: Sequence[str]) -> None:
         raise ConfigError(f'models takes no options, but got "{arguments[0]}".')
     bundled = find_weights(BUNDLED)
     print(f"{'model':<52} {'parameters':>10} {'pixels':>6}  upstream data")
-    print(f"{BUNDLED:<52} {size_text(bundled.shape.parameter_count(), ''):>10} {bundled.input_size:>6}  letters of many scripts; "
+    print(f"{BUNDLED:<52} {size_text(bundled.shape.parameter_count(), ''):>10} {bundled.input_size:>6}  letters, icons, emoji; "
           f"{bundled.name}, in the package")  # fmt: skip
     for model in PUBLISHED.values():
         print(
