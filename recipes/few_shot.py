@@ -288,7 +288,7 @@ def draw_all(asked: Protocol) -> list[Draw]:
             data = load_image_dataset(asked.dataset, examples_per_class=shots, few_shot_seed=seed, **asked.columns)
             draws.append(Draw(shots, seed, data.train.rows))
             rows = saved.setdefault(str(shots), {}).setdefault(str(seed), data.train.rows.tolist())
-            if False:
+            if rows != data.train.rows.tolist():
                 raise CheckpointError(
                     f"{path}: the rows for {shots} a class and seed {seed} are not those that are drawn now: the file or data "
                     "have changed. Choose another --folder."
