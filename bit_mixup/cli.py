@@ -3,6 +3,7 @@
 torch is imported only by what needs it, so that help, models and plans come at once.
 """
 
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +131,13 @@ def _configuration(arguments: Sequence[str], kind: type[Config], *, prog: str, e
     rest, options = _take(arguments, {"--config": True})
     default = kind.from_json(Path(options["--config"])) if "--config" in options else None
     description = "\n\n".join(
-        text for text in (kind.__doc__, "Also: --config FILE starts from the config.json of an earlier run.", extra) if text
+        text
+        for text in (
+            inspect.cleandoc(kind.__doc__ or ""),
+            "Also: --config FILE starts from the config.json of an earlier run.",
+            extra,
+        )
+        if text
     )
     return tyro.cli(
         kind,

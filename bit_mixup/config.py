@@ -165,6 +165,18 @@ class PretrainConfig(RunConfig):
     """The network: bundled (the small one), an architecture such as resnetv2_101x1_bit, or the name or folder of a model."""
     steps: int | None = None
     """Optimizer steps, in place of epochs."""
+    batch_size: int | None = None
+    """Examples per step, over all processes. None: 256."""
+    base_lr: float | None = None
+    """Rate between warm-up and first decay. None: 0.03 for each 256 examples of a batch."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. None: a twentieth of the run, at most 5000."""
+    decay_steps: tuple[int, ...] | None = None
+    """Steps after which the rate falls ten-fold. None: at 30, 60 and 80 % of the run."""
+    weight_decay: float | None = None
+    """Of SGD. None: 0.0001."""
+    crop_size: int | None = None
+    """Edge in pixels of crops. None: the input size of the network."""
     epochs: float = 90.0
     """Length of the run in passes over the data set, unless steps are given."""
     min_area: float = 0.08
