@@ -45,6 +45,7 @@ SIDE, MARGIN = 48, 4
 LEAST, MOST, PENS, FAMILIES = 4, 24, 6, 3  # drawings of a class; pen drawings of a letter come on top
 PER_SCRIPT, PER_ICON_SET = 700, 4
 HELD_OUT, HELD_OUT_LEAST, HELD_OUT_TRAIN = 50, 16, 10
+PLACEHOLDER = 5  # letters for which a font has one and the same drawing: a stand-in for what it lacks
 SHARD = 20_000  # rows of a parquet file
 ALIKE = {"glyph": 0.96, "picture": 0.98}  # correlation of two drawings in one style from which they count as the same
 ALLOWED = {"Apache-2.0", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "OFL-1.1", "Unlicense"}
@@ -117,10 +118,10 @@ SHOWS_DIGITS = set(  # words of names whose pictures tend to show digits
     clock clocks oclock watch watches smartwatch alarm alarms alarmclock timer timers stopwatch time times hour hours minute
     minutes history recent
     dice die domino casino lottery bingo raffle jackpot slot slots poker roulette gambling gamble sudoku crossword mahjong
-    card-playing playing joker ace spade spades suit billiard billiards pool snooker ball-eight hash-tag
+    playing joker ace spade spades suit billiard billiards pool snooker
     calculator calculate calc calculation math maths mathematics equation formula arithmetic percent percentage percentages
-    discount sale decimal decimals integer float pi square-root root superscript subscript exponent sup sub footnote sum
-    keypad keycap dialpad dialer dial telephone numpad pad pin otp password passcode code-pin abc alphabet alphabetical input
+    discount sale decimal decimals integer float pi root superscript subscript exponent sup sub footnote sum
+    keypad keycap dialpad dialer dial telephone numpad pad pin otp password passcode abc alphabet alphabetical input
     letter letters latin symbols
     medal medals rank ranks ranking rankings podium leaderboard score scores scoreboard trophy award awards winner champion prize
     place ordered sort sorting sorted order ordering az heading headline headings title h version versions
@@ -128,11 +129,12 @@ SHOWS_DIGITS = set(  # words of names whose pictures tend to show digits
     measuring scale scales weight temperature thermometer thermostat degree degrees fever ratio resolution dpi fps iso exposure
     aperture quality hdr age adult kid underage binary bits matrix random rating rate level levels step steps stage phase chapter
     episode season priority floor page pages pagination paging statistics stats plate license jersey shirt racing race racer
-    barcode price tag-price cost coin coins cash banknote banknotes banknote bill bills money credit debit credit-card
+    barcode price cost coin coins cash banknote banknotes creditcard bill bills money credit debit
     blackboard chalkboard whiteboard teacher school education quiz exam grade grades milestone route highway interstate
-    motorway road-sign zip postal postcode cinema clapper clapperboard clapboard film fuel microwave oven radio pressure
-    cancer infinity mp mpeg km kmh mph px hz html css js gb mb kb hd sd uhd lte edge gprs serial sequence list-ordered increment
-    decrement quantity amount total multi-digit tally abacus ol metronome pager beeper fax""".split()
+    motorway zip postal postcode cinema clapper clapperboard clapboard film fuel microwave oven radio pressure
+    cancer infinity mp mpeg km kmh mph px hz html css js gb mb kb hd sd uhd lte edge gprs serial sequence increment
+    decrement quantity amount total tally abacus ol metronome pager beeper fax
+    tty once skip rewind replay timelapse infinite uv calender""".split()
 )
 STYLES = set("outline outlined fill filled solid duotone twotone rounded sharp".split())  # affixes in any set
 MAYBE_STYLES = set(  # affixes where the set holds the name without them, or with another one
@@ -141,6 +143,7 @@ MAYBE_STYLES = set(  # affixes where the set holds the name without them, or wit
     color dark negative twotones lined straight stroke""".split()
 )
 SIZE = re.compile(r"^(8|10|11|12|15|16|18|20|24|28|32|36|40|48|64|96|24px|1x1|4x3)$")
+PHRASES = re.compile(r"(^|-)(road-sign|street-sign|bar-code|high-definition)(-|$)")  # so do these
 PEOPLE = re.compile(r"^(man|woman|men|women|person|people|family|couple|kiss)-|-(man|woman|person)$")  # one figure, many trades
 TONES = re.compile(r"(^|-)(skin-tone|tone|(medium-)?(light|dark)-(light|medium|dark)|(medium-)(light|dark))(-|$)")
 
@@ -183,13 +186,8 @@ def is_picture(name: str) -> bool:
     """Whether a hyphenated name may be that of a picture class: no number, nothing that tends to show digits."""
     words = name.split("-")
     lone = len(name) < 3 and not name.startswith("flag-")
-    return (
-        bool(name)
-        and not lone
-        and not has_number(words)
-        and not SHOWS_DIGITS & set(words)
-        and not (TONES.search(name) or PEOPLE.search(name))
-    )
+    refused = has_number(words) or SHOWS_DIGITS & set(words) or any(r.search(name) for r in (PHRASES, TONES, PEOPLE))
+    return bool(name) and not lone and not refused
 
 
 def icon_classes(names: Iterable[str], prefixes: Iterable[str] = ()) -> dict[str, tuple[str, str]]:
@@ -353,8 +351,8 @@ def draw_pen(font: ImageFont.FreeTypeFont, char: str, rng: np.random.Generator, 
     angle, shear, stretch = rng.normal(0, 0.08), rng.normal(0, 0.12), np.exp(rng.normal(0, 0.1))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     bent = points @ turn @ np.array([[1, shear], [0, 1]]) * [1, stretch]
-    knots = rng.normal(0, 0.035 * side, (2, 5, 5))
-    where = (points / side + 0.5).clip(0, 1).T * 4
+    knots = rng.normal(0, 0.03 * side, (2, 4, 4))
+    where = (points / side + 0.5).clip(0, 1).T * 3
     bent += np.stack([map_coordinates(plane, where, order=3, mode="nearest") for plane in knots], 1)
     radius = rng.uniform(0.025, 0.085) * side
     low, high = bent.min(0) - radius - 2, bent.max(0) + radius + 2
@@ -433,29 +431,31 @@ def letters(files: dict[Path, str], seed: int) -> dict[str, list[Drawing]]:
     def load(file: Path, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
 
-    result = {}
+    drawn: dict[str, dict[bytes, Drawing]] = {}
     for char in tqdm(chosen, desc="draw letters"):
         families: dict[str, list[Path]] = collections.defaultdict(list)
         for file in holders[char]:
             families[file.stem.split("-")[0]].append(file)
         turns = [f for _, _, f in sorted((turn, i, f) for i, fs in enumerate(families.values()) for turn, f in enumerate(fs))]
         rng = np.random.default_rng([seed, 3, ord(char)])
-        turns = turns[:6] + [turns[6:][index] for index in rng.permutation(len(turns[6:]))]
-        drawn: dict[bytes, Drawing] = {}
-        used: list[Path] = []
-        for file in turns:
-            pixels = draw_glyph(load(file, 96), char) if len(drawn) < MOST else None
+        drawn[char] = {}
+        for file in turns[:6] + [turns[6:][index] for index in rng.permutation(len(turns[6:]))]:
+            pixels = draw_glyph(load(file, 96), char) if len(drawn[char]) < MOST else None
             if pixels is not None and pixels.std() > 8:
                 drawing = Drawing(pixels, files[file], str(file))
-                used += [file] if drawing.digest not in drawn else []
-                drawn.setdefault(drawing.digest, drawing)
-        if len(drawn) < LEAST:
+                drawn[char].setdefault(drawing.digest, drawing)
+    uses = collections.Counter((d.style, digest) for own in drawn.values() for digest, d in own.items())
+    result = {}
+    for char, own in tqdm(drawn.items(), desc="draw with pens"):
+        drawings = [d for digest, d in own.items() if uses[d.style, digest] < PLACEHOLDER]
+        if len(drawings) < LEAST:
             continue
+        rng = np.random.default_rng([seed, 10, ord(char)])
         pens: list[Drawing] = []
-        for file in [used[index] for index in rng.permutation(len(used))]:
-            pixels = draw_pen(load(file, 128), char, rng) if len(pens) < PENS else None
-            pens += [] if pixels is None else [Drawing(pixels, files[file], "pen")]
-        result[char] = [*drawn.values(), *pens]
+        for drawing in [drawings[index] for index in rng.permutation(len(drawings))]:
+            pixels = draw_pen(load(Path(drawing.style), 128), char, rng) if len(pens) < PENS else None
+            pens += [] if pixels is None else [Drawing(pixels, drawing.source, "pen")]
+        result[char] = drawings + pens
     return result
 
 
@@ -477,11 +477,12 @@ def pictures(sets: list[dict[str, Any]], seed: int) -> dict[str, list[Drawing]]:
     for index in order:
         icons = sets[index]
         prefix = icons["info"]["prefix"]
+        emoji = "emoji" in prefix or icons["info"].get("category") == "Emoji"
         for name, (stem, style) in icon_classes(icons["icons"]["icons"], icons["prefixes"]).items():
             if prefix in FLAG_SETS:
                 stem = f"flag-{stem}"
-            elif stem.startswith("flag-") and icons["info"].get("category") == "Emoji":
-                continue  # the country sets hold the same flags
+            elif emoji and (stem.startswith("flag-") or re.search("light|dark|medium", style)):
+                continue  # the country sets hold the same flags; the rest are tones of skin
             if not icons["icons"]["icons"][name].get("hidden"):
                 holders[stem].setdefault(prefix, []).append((name, style))
     result = {}

@@ -40,7 +40,7 @@ def test_icon_names_lose_style_and_size() -> None:
 @pytest.mark.parametrize(
     "name",
     """numeric-1 looks-one bell-2 counter clock-outline calendar-fill one-oclock list-numbers hundred-points input-numbers dice
-    half-star hand-medium-dark-skin-tone sort-ascending keycap-asterisk x""".split(),
+    half-star hand-medium-dark-skin-tone sort-ascending keycap-asterisk x repeat-once road-sign skip-back""".split(),
 )
 def test_names_of_numbers_and_of_what_shows_digits_are_dropped(name: str) -> None:
     assert upstream.icon_classes([name]) == {}
