@@ -83,7 +83,7 @@ upstream: $(READY) ## the upstream set of the bundled model, into runs/upstream/
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/build_upstream.py $(ARGS)
 
 bundled: $(READY) ## train the bundled model on that set, anew (over an hour); writes into bit_mixup/bundled
-	OMP_NUM_THREADS=1 $(BIN)/python recipes/make_bundled.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 recipes/make_bundled.py $(ARGS)
 
 check: $(READY) ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Builds an upstream set to pre-train on: letters of many scripts and pictures from icon sets, without a digit among them.
+"""Builds an upstream set to pre-train on: printed and handwritten letters and pictures of icon sets, without a digit among them.
 
     pip install fonttools resvg-py scikit-image
     python recipes/build_upstream.py --out runs/upstream/set --cache runs/upstream/cache
@@ -42,7 +42,12 @@ from tqdm import tqdm
 from bit_mixup.storage import whole_folder, write_json, write_text
 
 SIDE, MARGIN = 48, 4
-LEAST, MOST, PENS, FAMILIES = 4, 24, 6, 3  # drawings of a class; pen drawings of a letter come on top
+LEAST, MOST, FAMILIES = 4, 24, 3  # drawings of a class
+HANDS, PENS, PENS_SHARE = (
+    100,
+    6,
+    4,
+)  # come on top for letters: handwriting fonts; pen drawings, or a quarter of the others if more
 PER_SCRIPT, PER_ICON_SET = 700, 4
 HELD_OUT, HELD_OUT_LEAST, HELD_OUT_TRAIN = 50, 16, 10
 PLACEHOLDER = 5  # letters for which a font has one and the same drawing: a stand-in for what it lacks
@@ -101,6 +106,45 @@ ICON_PACKAGES = """
     streamline-ultimate@1.2.2 streamline-ultimate-color@1.2.2 system-uicons@1.2.4 tabler@1.2.41 tdesign@1.2.19
     teenyicons@1.2.2 twemoji@1.2.5 uil@1.2.3 uim@1.2.3 uis@1.2.3 uiw@1.2.4 vaadin@1.2.1 weui@1.2.4 wi@1.2.1 wpf@1.2.0
     zondicons@1.2.2"""
+# Handwriting of the registry's @fontsource packages (Google Fonts): one weight of each, in its Latin, Cyrillic and Greek parts.
+HAND_PACKAGES = """
+    aguafina-script@5.3.0 alex-brush@5.3.0 allison@5.3.0 allura@5.3.0 amatic-sc@5.3.0 amita@5.2.8
+    annie-use-your-telescope@5.3.0 architects-daughter@5.3.0 arizonia@5.3.0 babylonica@5.3.0 bad-script@5.3.0 ballet@5.3.0
+    beth-ellen@5.3.0 bilbo@5.3.0 bilbo-swash-caps@5.3.0 birthstone@5.3.0 birthstone-bounce@5.3.0 bonheur-royale@5.3.0
+    borel@5.3.0 butterfly-kids@5.3.0 calligraffitti@5.3.0 caramel@5.3.0 carattere@5.2.8 cause@5.3.0 caveat@5.3.0
+    caveat-brush@5.3.0 cedarville-cursive@5.3.0 charm@5.2.7 charmonman@5.2.7 clicker-script@5.3.0 comforter@5.2.8
+    comforter-brush@5.3.0 coming-soon@5.3.0 cookie@5.3.0 corinthia@5.3.0 courgette@5.3.0 covered-by-your-grace@5.3.0
+    crafty-girls@5.3.0 damion@5.3.0 dawning-of-a-new-day@5.3.0 dekko@5.3.0 delicious-handrawn@5.3.0 delius@5.3.0
+    delius-swash-caps@5.3.0 delius-unicase@5.3.0 dr-sugiyama@5.3.0 eagle-lake@5.3.0 edu-au-vic-wa-nt-hand@5.3.0
+    edu-au-vic-wa-nt-pre@5.3.0 edu-nsw-act-cursive@5.3.0 edu-nsw-act-foundation@5.3.0 edu-nsw-act-hand-pre@5.3.0
+    edu-qld-beginner@5.3.0 edu-qld-hand@5.3.0 edu-sa-beginner@5.3.0 edu-sa-hand@5.3.0 edu-tas-beginner@5.3.0
+    edu-vic-wa-nt-beginner@5.3.0 edu-vic-wa-nt-hand@5.3.0 engagement@5.3.0 ephesis@5.3.0 estonia@5.0.20 explora@5.3.0
+    felipa@5.3.0 festive@5.3.0 fleur-de-leah@5.2.8 fondamento@5.3.0 fuggles@5.3.0 fuzzy-bubbles@5.3.0
+    gloria-hallelujah@5.3.0 gochi-hand@5.3.0 grand-hotel@5.3.0 grape-nuts@5.3.0 great-vibes@5.3.0 grechen-fuemen@5.3.0
+    grey-qo@5.0.21 gwendolyn@5.3.0 handlee@5.3.0 herr-von-muellerhoff@5.3.0 homemade-apple@5.3.0 hurricane@5.3.0
+    imperial-script@5.2.8 indie-flower@5.3.0 ingrid-darling@5.3.0 inspiration@5.2.7 island-moments@5.2.8 italianno@5.3.0
+    itim@5.3.0 jim-nightshade@5.1.1 just-another-hand@5.3.0 just-me-again-down-here@5.3.0 kalam@5.3.0 kapakana@5.3.0
+    kavivanar@5.3.0 kings@5.3.0 kolker-brush@5.3.0 la-belle-aurore@5.3.0 lakki-reddy@5.3.0 league-script@5.2.8
+    licorice@5.3.0 love-light@5.3.0 loved-by-the-king@5.3.0 lovers-quarrel@5.3.0 luxurious-script@5.3.0 mali@5.3.0
+    mansalva@5.3.0 marck-script@5.3.0 mea-culpa@5.3.0 meddon@5.3.0 meie-script@5.3.0 meow-script@5.3.0 merienda@5.3.0
+    miss-fajardose@5.3.0 monsieur-la-doulaise@5.3.0 montez@5.3.0 moon-dance@5.0.5 mr-bedfort@5.3.0
+    mr-dafoe@5.3.0 mr-de-haviland@5.3.0 mrs-saint-delafield@5.3.0 ms-madi@5.3.0 my-soul@5.1.0 mynerve@5.3.0
+    neonderthaw@5.3.0 nerko-one@5.3.0 neucha@5.3.0 niconne@5.3.0 norican@5.3.0 nothing-you-could-do@5.3.0 oooh-baby@5.3.0
+    over-the-rainbow@5.3.0 pacifico@5.3.0 pangolin@5.3.0 parisienne@5.3.0 passions-conflict@5.2.8 patrick-hand@5.3.0
+    patrick-hand-sc@5.3.0 permanent-marker@5.3.0 petit-formal-script@5.3.0 pinyon-script@5.3.0 playwrite-at@5.3.0
+    playwrite-au-qld@5.3.0 playwrite-br@5.3.0 playwrite-cu@5.3.0 playwrite-de-grund@5.3.0 playwrite-de-sas@5.2.7
+    playwrite-es@5.3.0 playwrite-fr-moderne@5.3.0 playwrite-hr-lijeva@5.3.0 playwrite-ie@5.3.0 playwrite-in@5.3.0
+    playwrite-it-moderna@5.3.0 playwrite-nl@5.3.0 playwrite-pl@5.3.0 playwrite-us-modern@5.3.0 playwrite-us-trad@5.3.0
+    playwrite-za@5.3.0 princess-sofia@5.3.0 puppies-play@5.3.0 quintessential@5.3.0 qwigley@5.2.8 qwitcher-grypen@5.3.0
+    rancho@5.3.0 redressed@5.3.0 reenie-beanie@5.3.0 rochester@5.3.0 rock-salt@5.3.0 romanesco@5.3.0 rouge-script@5.3.0
+    ruthie@5.3.0 sacramento@5.3.0 sassy-frass@5.3.0 satisfy@5.3.0 schoolbell@5.3.0 sedgwick-ave@5.3.0
+    sedgwick-ave-display@5.3.0 send-flowers@5.3.0 shadows-into-light@5.3.0 shadows-into-light-two@5.3.0 short-stack@5.3.0
+    slackside-one@5.3.0 smooch@5.3.0 sofia@5.3.0 solitreo@5.3.0 splash@5.3.0 square-peg@5.3.0 sriracha@5.3.0 stalemate@5.3.0
+    style-script@5.3.0 sue-ellen-francisco@5.3.0 sunshiney@5.3.0 swanky-and-moo-moo@5.3.0 tangerine@5.3.0
+    the-girl-next-door@5.3.0 the-nautigal@5.2.7 twinkle-star@5.3.0 updock@5.3.0 vibur@5.3.0 vujahday-script@5.3.0
+    waiting-for-the-sunrise@5.3.0 walter-turncoat@5.3.0 water-brush@5.3.0 waterfall@5.1.1 whisper@5.3.0 windsong@5.3.0
+    yellowtail@5.3.0 yesteryear@5.3.0 zeyada@5.3.0"""
+HAND_PARTS = {"latin", "latin-ext", "cyrillic", "cyrillic-ext", "greek"}
 FLAG_SETS = {"cif", "circle-flags", "flag", "flagpack"}  # their names are country codes
 
 NUMBER_WORDS = set(
@@ -274,6 +318,48 @@ def font_files(folders: dict[str, Path]) -> dict[Path, str]:
     return files
 
 
+def unpacked(archive: tarfile.TarFile) -> dict[str, bytes]:
+    """The files of an npm package by name, without the leading folder."""
+    archive.extraction_filter = tarfile.data_filter
+    contents = {member.name: archive.extractfile(member) for member in archive.getmembers() if member.isfile()}
+    return {name.partition("/")[2]: content.read() for name, content in contents.items() if content is not None}
+
+
+def pack(pins: dict[str, Path], cache: Path) -> None:
+    """Fetches npm packages where the cache lacks them: their pins, and the files that npm makes of them."""
+    lacking = [pin for pin, file in pins.items() if not file.exists()]
+    for start in tqdm(range(0, len(lacking), 8), desc="fetch from npm", disable=not lacking):
+        call(["npm", "pack", "--silent", *lacking[start : start + 8]], cache, "This recipe needs npm and its registry.")
+
+
+def fetch_hands(cache: Path) -> tuple[dict[Path, str], list[dict[str, Any]]]:
+    """The handwriting fonts, unpacked where the cache lacks them: the package of each file, and what each package says of itself.
+
+    Raises:
+        SystemExit: a licence is not allowed.
+    """
+    folder = cache / "npm"
+    pins = {f"@fontsource/{pin}": folder / f"fontsource-{pin.replace('@', '-')}.tgz" for pin in HAND_PACKAGES.split()}
+    pack(pins, folder)
+    files, packages = {}, []
+    for pin, file in pins.items():
+        with tarfile.open(file) as archive:
+            contents = unpacked(archive)
+        about = json.loads(contents["metadata.json"])
+        check_licence(pin, about["license"]["type"])
+        packages.append({"pin": pin, "about": about})
+        weight = 400 if 400 in about["weights"] else min(about["weights"])
+        target = cache / "hands" / about["id"]
+        if not target.is_dir():
+            with whole_folder(target) as fonts:
+                for part in sorted(HAND_PARTS & set(about["subsets"])):
+                    (fonts / f"{about['id']}-{part}.woff").write_bytes(
+                        contents[f"files/{about['id']}-{part}-{weight}-normal.woff"]
+                    )
+        files |= {path: pin for path in sorted(target.glob("*.woff"))}
+    return files, packages
+
+
 def fetch_icons(cache: Path) -> list[dict[str, Any]]:
     """The icon sets: pin, info, icons and prefixes of each, fetched where the cache lacks them.
 
@@ -281,16 +367,12 @@ def fetch_icons(cache: Path) -> list[dict[str, Any]]:
         SystemExit: a licence is not allowed.
     """
     folder = cache / "npm"
-    pinned = [(pin, folder / f"iconify-json-{pin.replace('@', '-')}.tgz") for pin in ICON_PACKAGES.split()]
-    lacking = [f"@iconify-json/{pin}" for pin, file in pinned if not file.exists()]
-    for start in tqdm(range(0, len(lacking), 8), desc="fetch icons", disable=not lacking):
-        call(["npm", "pack", "--silent", *lacking[start : start + 8]], folder, "This recipe needs npm and its registry.")
+    pinned = {pin: folder / f"iconify-json-{pin.replace('@', '-')}.tgz" for pin in ICON_PACKAGES.split()}
+    pack({f"@iconify-json/{pin}": file for pin, file in pinned.items()}, folder)
     sets = []
-    for pin, file in pinned:
+    for pin, file in pinned.items():
         with tarfile.open(file) as archive:
-            archive.extraction_filter = tarfile.data_filter
-            contents = {m.name: archive.extractfile(m) for m in archive.getmembers() if m.isfile() and m.name.endswith(".json")}
-            read = {Path(name).stem: json.load(content) for name, content in contents.items() if content is not None}
+            read = {Path(name).stem: json.loads(text) for name, text in unpacked(archive).items() if name.endswith(".json")}
         info, meta = read["info"], read.get("metadata", {})
         check_licence(pin, info["license"].get("spdx", "none"))
         sets.append({"pin": pin, "info": info, "icons": read["icons"], "prefixes": set(meta.get("prefixes") or {})})
@@ -402,8 +484,8 @@ def draw_svg(icon: dict[str, Any]) -> np.ndarray | None:
 # ---- classes
 
 
-def letters(files: dict[Path, str], seed: int) -> dict[str, list[Drawing]]:
-    """Drawings by letter: at most PER_SCRIPT letters of a script, each with LEAST to MOST fonts and up to PENS pen drawings.
+def letters(files: dict[Path, str], hands: dict[Path, str], seed: int) -> dict[str, list[Drawing]]:
+    """Drawings by letter: at most PER_SCRIPT letters of a script, each with LEAST to MOST fonts, up to HANDS hands, and pens.
 
     The first six fonts of a letter follow one order for all letters, so that letters can be compared; the rest are drawn.
     """
@@ -415,11 +497,13 @@ def letters(files: dict[Path, str], seed: int) -> dict[str, list[Drawing]]:
     holders: dict[str, list[Path]] = collections.defaultdict(list)
     order = np.random.default_rng([seed, 1]).permutation(len(files))
     names = list(files)
-    for index in tqdm(order, desc="read fonts"):
-        with TTFont(names[index], lazy=True, fontNumber=0) as font:
-            for code in sorted(font.getBestCmap() or {}):
-                if code > 32 and is_class(chr(code)):
-                    holders[chr(code)].append(names[index])
+    writers: dict[str, list[Path]] = collections.defaultdict(list)
+    for table, paths in ((holders, [names[index] for index in order]), (writers, list(hands))):
+        for path in tqdm(paths, desc="read fonts"):
+            with TTFont(path, lazy=True, fontNumber=0) as font:
+                for code in sorted(font.getBestCmap() or {}):
+                    if code > 32 and is_class(chr(code)):
+                        table[chr(code)].append(path)
     scripts: dict[str, list[str]] = collections.defaultdict(list)
     for char in sorted(holders):
         if len(holders[char]) >= LEAST:
@@ -444,6 +528,11 @@ def letters(files: dict[Path, str], seed: int) -> dict[str, list[Drawing]]:
             if pixels is not None and pixels.std() > 8:
                 drawing = Drawing(pixels, files[file], str(file))
                 drawn[char].setdefault(drawing.digest, drawing)
+        for file in [writers[char][index] for index in rng.permutation(len(writers[char]))[:HANDS]]:
+            pixels = draw_glyph(load(file, 96), char)
+            if pixels is not None and pixels.std() > 8:
+                drawing = Drawing(pixels, hands[file], str(file))
+                drawn[char].setdefault(drawing.digest, drawing)
     uses = collections.Counter((d.style, digest) for own in drawn.values() for digest, d in own.items())
     result = {}
     for char, own in tqdm(drawn.items(), desc="draw with pens"):
@@ -452,8 +541,9 @@ def letters(files: dict[Path, str], seed: int) -> dict[str, list[Drawing]]:
             continue
         rng = np.random.default_rng([seed, 10, ord(char)])
         pens: list[Drawing] = []
+        most = max(PENS, len(drawings) // PENS_SHARE)
         for drawing in [drawings[index] for index in rng.permutation(len(drawings))]:
-            pixels = draw_pen(load(Path(drawing.style), 128), char, rng) if len(pens) < PENS else None
+            pixels = draw_pen(load(Path(drawing.style), 128), char, rng) if len(pens) < most else None
             pens += [] if pixels is None else [Drawing(pixels, drawing.source, "pen")]
         result[char] = drawings + pens
     return result
@@ -647,7 +737,9 @@ def copyrights(folder: Path, package: str) -> tuple[str, str]:
     return text, "; ".join(list(kept)[:4])
 
 
-def attribution(folders: dict[str, Path], sets: list[dict[str, Any]], taken: collections.Counter[str]) -> Iterator[str]:
+def attribution(
+    folders: dict[str, Path], packages: list[dict[str, Any]], sets: list[dict[str, Any]], taken: collections.Counter[str]
+) -> Iterator[str]:
     """The lines of ATTRIBUTION.md: each source, its version, licence and holder, and how many drawings are from it.
 
     Raises:
@@ -663,6 +755,13 @@ def attribution(folders: dict[str, Path], sets: list[dict[str, Any]], taken: col
             raise SystemExit(f"{package}: its copyright file does not mention {licences[package]}. Read it and mend the list.")
         version = (folder / "version").read_text()
         yield f"| {package} {version} | {licences[package]} | {holders} | {taken[package]} |"
+    number = sum(taken[package["pin"]] for package in packages)
+    yield f"\nHandwriting fonts, from npm packages: {number:,} drawings of letters.\n"
+    yield "| package | licence | copyright | drawings |\n|---|---|---|---|"
+    for package in packages:
+        terms, pin = package["about"]["license"], package["pin"]
+        holder = re.sub(r"\s+", " ", terms["attribution"]).replace("|", "/")
+        yield f"| {pin} | [{terms['type']}]({terms['url']}) | {holder} | {taken[pin]} |"
     yield "\nIcons, from npm packages of sets in Iconify's JSON format, drawn at 48 x 48 pixels and not changed otherwise.\n"
     yield "| package | set | licence | author | drawings |\n|---|---|---|---|---|"
     for icons in sets:
@@ -700,8 +799,9 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     sets = fetch_icons(args.cache)
     folders = fetch_fonts(args.cache)
+    hands, packages = fetch_hands(args.cache)
     kinds, alike = {}, {}
-    drawn = {"picture": pictures(sets, args.seed), "glyph": letters(font_files(folders), args.seed)}
+    drawn = {"picture": pictures(sets, args.seed), "glyph": letters(font_files(folders), hands, args.seed)}
     rich_first = dict(sorted(drawn["picture"].items(), key=lambda item: (-len(item[1]), item[0])))
     for kind, classes in (("glyph", drawn["glyph"]), ("picture", rich_first)):
         kept, alike[kind] = distinct(classes, ALIKE[kind])
@@ -709,7 +809,7 @@ def main(argv: list[str] | None = None) -> None:
     taken = collections.Counter(d.source for classes in kinds.values() for drawings in classes.values() for d in drawings)
     with whole_folder(args.out) as out:
         facts = write_set(out, kinds, args.seed)
-        write_text(out / "ATTRIBUTION.md", "\n".join(attribution(folders, sets, taken)) + "\n")
+        write_text(out / "ATTRIBUTION.md", "\n".join(attribution(folders, packages, sets, taken)) + "\n")
         write_json(out / "look_alikes.json", alike)
     if args.examples_sheet:
         both = {

@@ -171,6 +171,7 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
         pictures=len(classes["pictures"]["trained"]),
         decays=", ".join(f"{share:.0%}" for share in facts["decays"]),
         minutes=facts["minutes"],
+        processes=facts["processes"],
         machine=facts["machine"],
         torch=facts["versions"]["torch"],
         timm=facts["versions"]["timm"],
@@ -187,19 +188,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--upstream", type=Path, default=Path("runs/upstream/set"), help="what build_upstream.py wrote")
     parser.add_argument("--kinds", nargs="+", default=["glyph", "picture"], choices=["glyph", "picture"])
     parser.add_argument("--classes", type=int, help="at most so many classes, for comparisons on a short budget")
-    parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="folder of the run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
-    parser.add_argument("--steps", type=int, default=15_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--base-lr", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=14_000)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--base-lr", type=float, default=0.2)
     parser.add_argument("--warmup-steps", type=int, default=500)
-    parser.add_argument("--decays", type=float, nargs="*", default=[0.6, 0.8, 0.92], help="as shares of the steps")
+    parser.add_argument("--decays", type=float, nargs="*", default=[0.7, 0.88, 0.96], help="as shares of the steps")
     parser.add_argument("--min-area", type=float, default=0.6)
-    parser.add_argument("--num-workers", type=int, default=1, help="processes that distort drawings")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that distort drawings")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
-    network = asked.run.with_name(f"{asked.run.name}-network")
+    network = asked.folder.with_name(f"{asked.folder.name}-network")
     first = os.environ.get("RANK", "0") == "0"
     if first and not (network / "config.json").is_file():  # the architecture, in the layout that --model accepts
         model = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
@@ -217,12 +218,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         warmup_steps=asked.warmup_steps,
         decay_steps=tuple(round(share * asked.steps) for share in asked.decays), min_area=asked.min_area, distort=True,
         flip=False, seed=asked.seed, threads=1, num_workers=asked.num_workers, save_every=500, log_every=50,
-        output_dir=asked.run, resume=True,
+        output_dir=asked.folder, resume=True,
     )  # fmt: skip
     if not first:
         return
-    export(asked.run / "model", asked.out)
-    rows = [json.loads(line) for line in (asked.run / "metrics.jsonl").read_text().splitlines()]
+    export(asked.folder / "model", asked.out)
+    rows = [json.loads(line) for line in (asked.folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     facts = {
@@ -245,13 +246,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "held_out_ridge": held_out_scores(asked.out, asked.upstream),
     }
-    write_json(asked.run / "facts.json", facts)
+    write_json(asked.folder / "facts.json", facts)
     if asked.kinds == ["glyph", "picture"] and asked.classes is None:
         shutil.copyfile(asked.upstream / "classes.json", asked.out / "classes.json")
         classes = json.loads((asked.upstream / "classes.json").read_text(encoding="utf-8"))
         write_card(asked.out, facts, classes, (asked.upstream / "ATTRIBUTION.md").read_text(encoding="utf-8"))
     if asked.loss_curve:
-        draw_loss(asked.run / "metrics.jsonl", asked.loss_curve)
+        draw_loss(asked.folder / "metrics.jsonl", asked.loss_curve)
     print(json.dumps(facts, indent=2))
 
 
