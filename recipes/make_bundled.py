@@ -36,7 +36,7 @@ from bit_mixup.images import View
 from bit_mixup.models import Normalize
 from bit_mixup.storage import whole_folder, write_json, write_text
 
-ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v2", 40
+ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v3", 40
 MODEL_ARGS = {"channels": [64, 128, 256, 512], "stem_chs": 32, "norm_layer": "groupnorm1"}
 HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
 SHOTS, DRAWS = (1, 5, 10), 20
