@@ -43,11 +43,8 @@ from bit_mixup.storage import whole_folder, write_json, write_text
 
 SIDE, MARGIN = 48, 4
 LEAST, MOST, FAMILIES = 4, 24, 3  # drawings of a class
-HANDS, PENS, PENS_SHARE = (
-    100,
-    6,
-    4,
-)  # come on top for letters: handwriting fonts; pen drawings, or a quarter of the others if more
+HANDS = 100  # drawings of a letter by handwriting fonts, on top
+PENS, PENS_SHARE = 6, 4  # and by a pen: so many, or one for each four of the others if that is more
 PER_SCRIPT, PER_ICON_SET = 700, 4
 HELD_OUT, HELD_OUT_LEAST, HELD_OUT_TRAIN = 50, 16, 10
 PLACEHOLDER = 5  # letters for which a font has one and the same drawing: a stand-in for what it lacks
@@ -318,11 +315,13 @@ def font_files(folders: dict[str, Path]) -> dict[Path, str]:
     return files
 
 
-def unpacked(archive: tarfile.TarFile) -> dict[str, bytes]:
-    """The files of an npm package by name, without the leading folder."""
-    archive.extraction_filter = tarfile.data_filter
-    contents = {member.name: archive.extractfile(member) for member in archive.getmembers() if member.isfile()}
-    return {name.partition("/")[2]: content.read() for name, content in contents.items() if content is not None}
+def unpacked(path: Path, suffix: str) -> dict[str, bytes]:
+    """The files of an npm package whose names end so, by name without the leading folder."""
+    with tarfile.open(path) as archive:
+        archive.extraction_filter = tarfile.data_filter
+        members = [member for member in archive.getmembers() if member.isfile() and member.name.endswith(suffix)]
+        contents = {member.name: archive.extractfile(member) for member in members}
+        return {name.partition("/")[2]: content.read() for name, content in contents.items() if content is not None}
 
 
 def pack(pins: dict[str, Path], cache: Path) -> None:
@@ -343,19 +342,17 @@ def fetch_hands(cache: Path) -> tuple[dict[Path, str], list[dict[str, Any]]]:
     pack(pins, folder)
     files, packages = {}, []
     for pin, file in pins.items():
-        with tarfile.open(file) as archive:
-            contents = unpacked(archive)
-        about = json.loads(contents["metadata.json"])
+        about = json.loads(unpacked(file, "metadata.json")["metadata.json"])
         check_licence(pin, about["license"]["type"])
         packages.append({"pin": pin, "about": about})
         weight = 400 if 400 in about["weights"] else min(about["weights"])
         target = cache / "hands" / about["id"]
         if not target.is_dir():
+            contents = unpacked(file, f"-{weight}-normal.woff")
             with whole_folder(target) as fonts:
                 for part in sorted(HAND_PARTS & set(about["subsets"])):
-                    (fonts / f"{about['id']}-{part}.woff").write_bytes(
-                        contents[f"files/{about['id']}-{part}-{weight}-normal.woff"]
-                    )
+                    name = f"{about['id']}-{part}"
+                    (fonts / f"{name}.woff").write_bytes(contents[f"files/{name}-{weight}-normal.woff"])
         files |= {path: pin for path in sorted(target.glob("*.woff"))}
     return files, packages
 
@@ -371,8 +368,7 @@ def fetch_icons(cache: Path) -> list[dict[str, Any]]:
     pack({f"@iconify-json/{pin}": file for pin, file in pinned.items()}, folder)
     sets = []
     for pin, file in pinned.items():
-        with tarfile.open(file) as archive:
-            read = {Path(name).stem: json.loads(text) for name, text in unpacked(archive).items() if name.endswith(".json")}
+        read = {Path(name).stem: json.loads(text) for name, text in unpacked(file, ".json").items()}
         info, meta = read["info"], read.get("metadata", {})
         check_licence(pin, info["license"].get("spdx", "none"))
         sets.append({"pin": pin, "info": info, "icons": read["icons"], "prefixes": set(meta.get("prefixes") or {})})
@@ -516,6 +512,13 @@ def letters(files: dict[Path, str], hands: dict[Path, str], seed: int) -> dict[s
         return ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
 
     drawn: dict[str, dict[bytes, Drawing]] = {}
+
+    def add(char: str, file: Path, source: str) -> None:
+        pixels = draw_glyph(load(file, 96), char)
+        if pixels is not None and pixels.std() > 8:
+            drawing = Drawing(pixels, source, str(file))
+            drawn[char].setdefault(drawing.digest, drawing)
+
     for char in tqdm(chosen, desc="draw letters"):
         families: dict[str, list[Path]] = collections.defaultdict(list)
         for file in holders[char]:
@@ -524,15 +527,10 @@ def letters(files: dict[Path, str], hands: dict[Path, str], seed: int) -> dict[s
         rng = np.random.default_rng([seed, 3, ord(char)])
         drawn[char] = {}
         for file in turns[:6] + [turns[6:][index] for index in rng.permutation(len(turns[6:]))]:
-            pixels = draw_glyph(load(file, 96), char) if len(drawn[char]) < MOST else None
-            if pixels is not None and pixels.std() > 8:
-                drawing = Drawing(pixels, files[file], str(file))
-                drawn[char].setdefault(drawing.digest, drawing)
+            if len(drawn[char]) < MOST:
+                add(char, file, files[file])
         for file in [writers[char][index] for index in rng.permutation(len(writers[char]))[:HANDS]]:
-            pixels = draw_glyph(load(file, 96), char)
-            if pixels is not None and pixels.std() > 8:
-                drawing = Drawing(pixels, hands[file], str(file))
-                drawn[char].setdefault(drawing.digest, drawing)
+            add(char, file, hands[file])
     uses = collections.Counter((d.style, digest) for own in drawn.values() for digest, d in own.items())
     result = {}
     for char, own in tqdm(drawn.items(), desc="draw with pens"):
