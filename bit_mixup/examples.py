@@ -17,8 +17,9 @@ from PIL import Image
 
 from bit_mixup.errors import DataError
 from bit_mixup.images import Bytes3d
-from bit_mixup.sampling import row_at
+from bit_mixup.sampling import Purpose, generator, row_at
 
+MEAN_SAMPLE = 2_048  # pictures that the mean picture is taken of
 Labels = npt.NDArray[Any]  # int64 (N,), or uint8 (N, K)
 Batch = tuple[npt.NDArray[np.uint8], Labels]
 
@@ -122,6 +123,56 @@ class TrainingStream:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class PartneredStream:
+    """A stream that loads each example together with a partner from the whole training set.
+
+    Which partner stands at a position, and how it is cropped, is a function of the seed and the position alone.
+
+    Args:
+        stream: gives the examples.
+        candidates: for each index into the part, the indices among which its partner is drawn; one of them at least.
+    """
+
+    stream: TrainingStream
+    candidates: Sequence[npt.NDArray[np.int64]]
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Where the examples at some positions are found."""
+        return self.stream.ids(positions)
+
+    def partner(self, position: int) -> int:
+        """Index into the part of the partner at a position."""
+        among = self.candidates[self.stream.row(position)]
+        return int(among[generator(self.stream.seed, Purpose.PARTNER_ROW, position).integers(len(among))])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+        """Pictures (2 N, 3, crop, crop) and labels (2 N,): the examples, and behind them their partners."""
+        part, seed = self.stream.part, self.stream.seed
+        own = self.stream.__getitems__(positions)
+        if isinstance(own, DataError):
+            return own
+        indices = [self.partner(position) for position in positions]
+        try:
+            pictures = list(zip(positions, part.read(indices), strict=True))
+        except DataError as error:
+            return error
+        views = [
+            self.stream.view.train(
+                picture, seed=int(generator(seed, Purpose.PARTNER_VIEW, position).integers(2**31)), position=position
+            )
+            for position, picture in pictures
+        ]
+        return np.concatenate([own[0], np.stack(views)]), np.concatenate([own[1], part.labels[indices]])
+
+
+def same_class_candidates(labels: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """For each example the others of its class, or itself where it is the only one."""
+    members = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
+    others = ((index, members[label]) for index, label in enumerate(labels.tolist()))
+    return [found[found != index] if len(found) > 1 else found for index, found in others]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationView:
     """The examples of a part as they are scored: resized straight to the crop's edge, in order."""
 
@@ -138,6 +189,20 @@ class EvaluationView:
         except DataError as error:
             return error
         return np.stack(images), self.part.labels[list(indices)]
+
+
+def mean_image(part: Examples, view: View, *, seed: int) -> npt.NDArray[np.float32]:
+    """Mean picture (3, crop, crop) in [0, 1] of at most 2,048 examples, drawn by the seed, as evaluation sees them.
+
+    Raises:
+        DataError: one of them is broken.
+    """
+    indices = np.sort(generator(seed, Purpose.MEAN_IMAGE).permutation(len(part))[:MEAN_SAMPLE]).tolist()
+    total: Any = 0
+    for start in range(0, len(indices), 64):
+        pictures = part.read(indices[start : start + 64])
+        total = total + sum(view.evaluate(picture).astype(np.int64) for picture in pictures)  # whole numbers: exact in any order
+    return np.asarray(total / (255 * len(indices)), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

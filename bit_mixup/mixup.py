@@ -14,7 +14,9 @@ from torch import Tensor
 
 from bit_mixup.errors import ConfigError
 from bit_mixup.hyperrule import LamLaw
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.sampling import Purpose, generator
+from bit_mixup.theory import check_alpha
 
 
 def draw_lam(alpha: float, *, seed: int, index: int) -> float:
@@ -61,17 +63,75 @@ def mix(images: Tensor, targets: Tensor, lam: float | Tensor, partners: Tensor) 
     Returns:
         Mixed images and targets, of the shapes given. The arguments are left as they are.
     """
-    weight = lam.to(images).view(-1, 1, 1, 1) if isinstance(lam, Tensor) else lam
-    target_weight = lam.to(targets).view(-1, 1) if isinstance(lam, Tensor) else lam
-    return (
-        images * weight + images[partners] * (1 - weight),
-        targets * target_weight + targets[partners] * (1 - target_weight),
-    )
+    return blend(images, images[partners], lam), blend(targets, targets[partners], lam)
+
+
+def blend(values: Tensor, others: Tensor, lam: float | Tensor) -> Tensor:
+    """lam * values + (1 - lam) * others, (N, ...); lam is a number or (N,)."""
+    weight = lam.to(values).view(-1, *[1] * (values.ndim - 1)) if isinstance(lam, Tensor) else lam
+    return values * weight + others * (1 - weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a micro-batch stands in a run: all that its draws depend on.
+
+    Args:
+        seed: of the run.
+        step: the optimizer step.
+        start: position of the first example in the run.
+        groups: sizes of the groups that the micro-batch holds; they sum to its examples.
+    """
+
+    seed: int
+    step: int
+    start: int
+    groups: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        """Examples in the micro-batch."""
+        return sum(self.groups)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixing:
+    """Weights and partners of the examples of a micro-batch, drawn.
+
+    Args:
+        lam: weight of the example itself in [0, 1], for all of them or (N,).
+        partners: (N,) int64, index of each example's partner in the micro-batch. None: partners come along with the examples.
+    """
+
+    lam: float | Tensor
+    partners: Tensor | None
+
+    def __call__(self, values: Tensor, others: Tensor | None = None) -> Tensor:
+        """(N, ...) convex combinations of values with those of partners, or with `others` where partners came along."""
+        if self.partners is not None:
+            others = values[self.partners]
+        assert others is not None
+        return blend(values, others, self.lam)
+
+
+def draw_mixing(law: TrainingLaw, place: Place, device: torch.device) -> Mixing:
+    """The weights and partners that a law gives to the examples at a place of the run."""
+    folded = law.mixed != "both"
+    if law.lam == "step":
+        draw = draw_lam(law.alpha, seed=place.seed, index=place.step)
+        lam: float | Tensor = max(draw, 1 - draw) if folded else draw
+    else:
+        positions = range(place.start, place.start + place.count)
+        draws = torch.tensor([draw_lam(law.alpha, seed=place.seed, index=p) for p in positions], dtype=torch.float64)
+        lam = torch.maximum(draws, 1 - draws) if folded else draws
+    if law.loads_partners:
+        return Mixing(lam=lam, partners=None)
+    return Mixing(lam=lam, partners=choose_partners(place.start, place.groups, seed=place.seed).to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixup:
-    """The law by which a training step mixes: a function of images, targets and their place in the run.
+    """Plain mixup as a function of images, targets and their place in the run, for loops of your own.
 
     Args:
         alpha: both parameters of the Beta distribution of lam, from 0 (off) to infinity (always one half).
@@ -86,8 +146,7 @@ class Mixup:
     lam: LamLaw = "step"
 
     def __post_init__(self) -> None:
-        if math.isnan(self.alpha) or self.alpha < 0:
-            raise ConfigError(f"mixup's alpha is {self.alpha}; it must be 0 (off) or positive.")
+        check_alpha(self.alpha)
         if self.lam not in ("step", "example"):
             raise ConfigError(f'mixup_lam is "{self.lam}"; it must be "step" or "example".')
 
@@ -106,10 +165,6 @@ class Mixup:
         """
         if self.alpha == 0:
             return images, targets
-        lam: float | Tensor
-        if self.lam == "step":
-            lam = draw_lam(self.alpha, seed=seed, index=step)
-        else:
-            draws = [draw_lam(self.alpha, seed=seed, index=start + offset) for offset in range(len(images))]
-            lam = torch.tensor(draws, dtype=images.dtype, device=images.device)
-        return mix(images, targets, lam, choose_partners(start, groups, seed=seed).to(images.device))
+        place = Place(seed=seed, step=step, start=start, groups=groups)
+        mixing = draw_mixing(TrainingLaw(alpha=self.alpha, lam=self.lam), place, images.device)
+        return mixing(images), mixing(targets)

@@ -4,7 +4,7 @@ timm builds the networks; this file fills them, strictly: nothing is left at ran
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,15 +195,35 @@ def std_eps_effect(model: ResNetV2) -> StdEpsEffect:
     return StdEpsEffect(smallest_variance=variance, relative_change=float(change), of="logits" if has_head else "features")
 
 
-def forward(model: ResNetV2, images: Tensor) -> Tensor:
+Change = Callable[[Tensor], Tensor]
+
+
+def forward(
+    model: ResNetV2, images: Tensor, *, stage: int = 0, change_stage: Change | None = None, change_features: Change | None = None
+) -> Tensor:
     """Logits (N, K) of normalised images (N, 3, H, W), as `model(images)`.
 
     timm's head is a convolution with 1 x 1 filters. As the matrix product that it is, it takes a fraction of the time on a CPU
     where classes go by the thousand.
+
+    Args:
+        model: whose logits are asked for.
+        images: normalised.
+        stage: after which of the four stages, from 1, `change_stage` is applied to the feature maps (N, C, H', W').
+        change_stage: in place of nothing.
+        change_features: applied to the pooled features (N, F) before the head.
     """
-    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    if change_stage is None:
+        maps = model.forward_features(images)
+    else:
+        maps = model.stem(images)
+        for number, block in enumerate(model.stages, start=1):
+            maps = block(maps)
+            maps = change_stage(maps) if number == stage else maps
+        maps = model.norm(maps)
+    features = model.forward_head(maps, pre_logits=True)
     head: Any = model.get_classifier()
-    return F.linear(features, head.weight.flatten(1), head.bias)
+    return F.linear(change_features(features) if change_features else features, head.weight.flatten(1), head.bias)
 
 
 @dataclass(frozen=True)

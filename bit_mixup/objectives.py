@@ -27,6 +27,10 @@ class Objective(Protocol):
         """
         ...
 
+    def floor(self, targets: Tensor) -> Tensor:
+        """The least that the loss could be for these targets, summed over examples."""
+        ...
+
 
 @dataclass(frozen=True)
 class SoftmaxCrossEntropy:
@@ -40,6 +44,11 @@ class SoftmaxCrossEntropy:
         """Sum over examples of -sum_k t_k log softmax_k."""
         return F.cross_entropy(logits, targets, reduction="sum")
 
+    def floor(self, targets: Tensor) -> Tensor:
+        """Sum over examples of the entropy of the targets."""
+        entropy: Tensor = torch.special.entr(targets)
+        return entropy.sum()
+
 
 @dataclass(frozen=True)
 class SigmoidCrossEntropy:
@@ -52,6 +61,11 @@ class SigmoidCrossEntropy:
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
         """Sum over examples and classes of -t log sigmoid - (1 - t) log (1 - sigmoid)."""
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+
+    def floor(self, targets: Tensor) -> Tensor:
+        """Sum over examples and classes of the entropy of a coin that falls so."""
+        entropy: Tensor = torch.special.entr(targets) + torch.special.entr(1 - targets)
+        return entropy.sum()
 
 
 class Distillation:
@@ -84,6 +98,10 @@ class Distillation:
         with torch.no_grad():
             wanted = self.teacher(images).to(logits.dtype)
         return kl_divergence(wanted, logits, temperature=self.temperature).sum()
+
+    def floor(self, targets: Tensor) -> Tensor:
+        """0: a divergence."""
+        return torch.zeros((), dtype=targets.dtype, device=targets.device)
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -1,6 +1,9 @@
 """What does a model say about pictures?"""
 
+from collections.abc import Callable
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from timm.models.resnetv2 import ResNetV2
@@ -12,7 +15,6 @@ from bit_mixup.loading import load_batches
 from bit_mixup.models import Normalize, forward
 
 
-@torch.no_grad()
 def predict_logits(
     model: ResNetV2,
     view: EvaluationView,
@@ -20,23 +22,77 @@ def predict_logits(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Logits of all examples, (N, K) float32 on the CPU, in their order and in every process.
 
     Each process takes a run of consecutive examples; each example is seen exactly once, whatever the number of processes.
+
+    Args:
+        model: is moved to the device and set to evaluation mode.
+        view: the examples.
+        accelerator: of this process.
+        batch_size: of a forward pass.
+        num_workers: processes that decode pictures.
+        change: applied to normalised pictures (n, 3, H, W) before the model sees them.
     """
+
+    def logits_of(images: Tensor) -> Tensor:
+        return forward(model, change(images) if change else images)
+
+    return _predict(model, view, accelerator, logits_of, int(model.num_classes), batch_size, num_workers)
+
+
+def predict_features(
+    model: ResNetV2, view: EvaluationView, accelerator: Accelerator, *, batch_size: int = 64, num_workers: int = 0
+) -> Tensor:
+    """Pooled features of all examples, (N, F) float32, as `predict_logits` gives logits."""
+
+    def features_of(images: Tensor) -> Tensor:
+        features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        return features
+
+    return _predict(model, view, accelerator, features_of, int(model.num_features), batch_size, num_workers)
+
+
+@torch.no_grad()
+def _predict(
+    model: ResNetV2,
+    view: EvaluationView,
+    accelerator: Accelerator,
+    outputs_of: Callable[[Tensor], Tensor],
+    width: int,
+    batch_size: int,
+    num_workers: int,
+) -> Tensor:
     shares = np.array_split(np.arange(len(view)), accelerator.num_processes)
     own = shares[accelerator.process_index].tolist()
     lists = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     normalize, dtype = Normalize.of(model), next(model.parameters()).dtype
     model.to(accelerator.device).eval()
-    parts = [torch.empty(0, int(model.num_classes), device=accelerator.device)]
+    parts = [torch.empty(0, width, device=accelerator.device)]
     batches = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
     for images, _ in tqdm(batches, total=len(lists), desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            parts.append(forward(model, normalize(images, dtype)).float())
-    logits = torch.cat(parts)
+            parts.append(outputs_of(normalize(images, dtype)).float())
+    outputs = torch.cat(parts)
     longest = len(shares[0])
-    padded = torch.cat([logits, logits.new_zeros(longest - len(logits), logits.shape[1])])
+    padded = torch.cat([outputs, outputs.new_zeros(longest - len(outputs), width)])
     gathered = accelerator.gather(padded).cpu().split(longest) if longest else [padded.cpu()]
     return torch.cat([rows[: len(share)] for rows, share in zip(gathered, shares, strict=False)])
+
+
+def nearest_neighbours(features: Tensor, count: int, *, chunk: int = 1024) -> list[npt.NDArray[np.int64]]:
+    """For each row of features (N, F) the indices of the `count` nearest others by Euclidean distance, nearest first.
+
+    With fewer than `count` others all of them are given; a row without others is its own neighbour.
+    """
+    if len(features) < 2:
+        return [np.zeros(1, dtype=np.int64) for _ in range(len(features))]
+    found = []
+    for start in range(0, len(features), chunk):
+        distances = torch.cdist(features[start : start + chunk], features)
+        own = torch.arange(len(distances))
+        distances[own, start + own] = torch.inf
+        found += list(distances.topk(min(count, len(features) - 1), largest=False).indices.numpy())
+    return found

@@ -31,7 +31,7 @@ from bit_mixup.launching import (
     start_tracker,
     torch_threads,
 )
-from bit_mixup.mixup import Mixup
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.models import TIMM_STD_EPS, build_bit, create_bit, save_model
 from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from bit_mixup.prediction import predict_logits
@@ -261,7 +261,7 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
         TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed),
         hyper,
         accelerator,
-        mixup=Mixup(alpha=hyper.mixup_alpha, lam=config.mixup_lam),
+        law=TrainingLaw(alpha=hyper.mixup_alpha, lam=config.mixup_lam),
         cuts=plan.cuts,
         run=run,
         objective=objective,

@@ -29,6 +29,14 @@ class Purpose(IntEnum):
     SPLIT = 6
     SIZE_SAMPLE = 7
     DISTORTION = 8
+    CALIBRATION = 9
+    CORRUPTION = 10
+    DIAGNOSTICS = 11
+    NOISE = 12
+    DROPOUT = 13
+    PARTNER_ROW = 14
+    PARTNER_VIEW = 15
+    MEAN_IMAGE = 16
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generator:

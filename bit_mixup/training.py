@@ -1,7 +1,7 @@
 """The loop: how do the weights change?"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,13 @@ from tqdm import tqdm
 
 from bit_mixup.checkpoint import restore_checkpoint, save_checkpoint
 from bit_mixup.errors import NonFiniteError
+from bit_mixup.expansion import DataMeans
 from bit_mixup.hyperrule import HyperParameters, learning_rate
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.loading import Stream, load_batches
-from bit_mixup.mixup import Mixup
-from bit_mixup.models import Normalize, forward
+from bit_mixup.losses import training_loss
+from bit_mixup.mixup import Place
+from bit_mixup.models import Normalize
 from bit_mixup.objectives import Objective, SoftmaxCrossEntropy
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import MicroBatch, PositionBatches
@@ -30,10 +33,13 @@ def train(
     hyper: HyperParameters,
     accelerator: Accelerator,
     *,
-    mixup: Mixup,
+    law: TrainingLaw,
     cuts: Sequence[list[MicroBatch]],
     run: RunFolder,
     objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
+    means: DataMeans | None = None,
+    watch: Callable[[int, ResNetV2], None] | None = None,
+    watch_every: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     log_every: int = 10,
@@ -51,11 +57,14 @@ def train(
         stream: gives the example at each position of the run.
         hyper: rates, batch and length of the run.
         accelerator: of this process; its own gradient accumulation must be 1.
-        mixup: the law of mixing.
+        law: what is done to pictures, labels and features. Its alpha counts, not that of `hyper`.
         cuts: for each process its micro-batches of a global batch (`bit_mixup.sampling.cut_batch`).
         run: where metrics and checkpoints are written.
         objective: the loss.
-        seed: of mixing.
+        means: of the training set, where `law.needs_means`.
+        watch: called with the number of steps done and the model, in all processes; must leave the weights alone.
+        watch_every: period in steps of these calls; there is always one at the end.
+        seed: of all that the law draws.
         num_workers: processes that decode pictures.
         log_every: period in steps at which the device is waited for, metrics are written and losses are checked.
         save_every: period in steps of checkpoints; there is always one at the end.
@@ -81,25 +90,32 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, hyper)
         step_loss = torch.zeros((), device=accelerator.device, dtype=dtype)
+        step_floor = torch.zeros_like(step_loss)
         for cut in own_cuts:
             images, labels = next(batches)
             images = normalize(images, dtype).contiguous(memory_format=torch.channels_last)
             targets = objective.targets(labels, num_classes=num_classes, dtype=dtype)
-            start = cut.positions(step, hyper.batch_size).start
-            images, targets = mixup(images, targets, seed=seed, step=step, start=start, groups=cut.groups)
+            place = Place(seed=seed, step=step, start=cut.positions(step, hyper.batch_size).start, groups=cut.groups)
             with accelerator.autocast():
-                logits = forward(model, images)
-                loss = objective.loss(logits.to(dtype), targets, images) * (cut.weight / hyper.batch_size)
+                loss, floor = training_loss(
+                    model, images, targets, law=law, mixes=law.mixes_at(step, hyper.steps), means=means, objective=objective,
+                    place=place,
+                )  # fmt: skip
+            loss = loss * (cut.weight / hyper.batch_size)
             accelerator.backward(loss)
             step_loss += loss.detach()
+            step_floor += floor.detach() * (cut.weight / hyper.batch_size)
         _sum_gradients(model, accelerator)
         wrapped.step()
         wrapped.zero_grad()
-        log.add(step, step_loss, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
+        log.add(step, step_loss, step_floor, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
         done = step + 1
-        saving = done % save_every == 0 or done == hyper.steps
-        if saving or done % log_every == 0:
+        saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
+        if saving or (watch and watching) or done % log_every == 0:
             log.flush()
+        if watch and watching:
+            watch(done, model)
+            model.train()
         if saving and accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
             save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
@@ -139,7 +155,7 @@ class StepLog:
     stream: Stream
     hyper: HyperParameters
     first_step: int
-    _waiting: list[tuple[int, Tensor, Tensor, bool]] = field(default_factory=list)
+    _waiting: list[tuple[int, Tensor, Tensor, Tensor, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         main = self.accelerator.is_main_process
@@ -150,10 +166,10 @@ class StepLog:
         )
         self._since = time.perf_counter()
 
-    def add(self, step: int, loss: Tensor, weight_norm: Tensor, *, skipped: bool) -> None:
-        """Notes one step: this process's share of the mean loss, the norm of all weights after it, and whether fp16's loss scale
-        was found too large, so that the step changed nothing."""
-        self._waiting.append((step, loss, weight_norm, skipped))
+    def add(self, step: int, loss: Tensor, floor: Tensor, weight_norm: Tensor, *, skipped: bool) -> None:
+        """Notes one step: this process's share of the mean loss and of the least that it could be, the norm of all weights after
+        it, and whether fp16's loss scale was found too large, so that the step changed nothing."""
+        self._waiting.append((step, loss, floor, weight_norm, skipped))
 
     def flush(self) -> None:
         """Writes what waits, in all processes together.
@@ -163,14 +179,20 @@ class StepLog:
         """
         if not self._waiting:
             return
-        steps, losses, norms, skips = zip(*self._waiting, strict=True)
+        steps, losses, floors, norms, skips = zip(*self._waiting, strict=True)
         self._waiting.clear()
-        values = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
+        values, least = self.accelerator.reduce(torch.stack([torch.stack(losses), torch.stack(floors)]), reduction="sum").tolist()
         finite_norms = torch.stack(norms).isfinite().tolist()
         speed = len(steps) * self.hyper.batch_size / (time.perf_counter() - self._since)
         rows = [
-            {"step": step, "loss": loss, "lr": learning_rate(step, self.hyper), "images_per_second": round(speed, 1)}
-            for step, loss in zip(steps, values, strict=True)
+            {
+                "step": step,
+                "loss": loss,
+                "excess_loss": loss - floor,
+                "lr": learning_rate(step, self.hyper),
+                "images_per_second": round(speed, 1),
+            }
+            for step, loss, floor in zip(steps, values, least, strict=True)
         ]
         for row, skipped in zip(rows, skips, strict=True):
             row |= {"skipped": True} if skipped else {}

@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from bit_mixup.augmentation import InceptionView
 from bit_mixup.cli import main as command
 from bit_mixup.data import load_image_dataset
-from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
+from bit_mixup.examples import ArrayImages, EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
+from bit_mixup.expansion import DataMeans
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
-from bit_mixup.mixup import Mixup
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.models import create_bit, load_bit
 from bit_mixup.objectives import Distillation, SigmoidCrossEntropy
 from bit_mixup.prediction import predict_logits
@@ -36,6 +37,10 @@ RULE = HyperParameters(
 )
 # Two processes get two micro-batches of 16 each. Three processes get 3, 3 and 2 groups: one repeats a group with weight 0.
 MICRO_BATCH = {1: None, 2: 16, 3: 8}
+LAWS = {
+    "partners": TrainingLaw(alpha=0.4, lam="example", partner="same_class", input_noise=0.1, feature_dropout=0.3),
+    "approximate": TrainingLaw(alpha=0.4, form="approximate"),
+}
 NUM_SCORED = 101  # a prime: no number of processes divides it
 
 
@@ -48,7 +53,7 @@ def train(folder: Path, weights: str, accelerator: Accelerator) -> None:
     run = RunFolder(folder)
     folder.mkdir(exist_ok=True)
     model = load_bit(weights, num_classes=10).double()
-    train_model(model, stream, RULE, accelerator, mixup=Mixup(alpha=0.4), cuts=cuts, run=run, seed=3, save_every=60)
+    train_model(model, stream, RULE, accelerator, law=TrainingLaw(alpha=0.4), cuts=cuts, run=run, seed=3, save_every=60)
 
 
 def pretrain(folder: Path, weights: str, accelerator: Accelerator) -> None:
@@ -73,12 +78,35 @@ def pretrain(folder: Path, weights: str, accelerator: Accelerator) -> None:
             stream,
             hyper,
             accelerator,
-            mixup=Mixup(alpha=alpha),
+            law=TrainingLaw(alpha=alpha),
             cuts=cuts,
             run=RunFolder(folder / name),
             objective=objective,
             seed=3,
             save_every=10,
+        )
+
+
+def follow_laws(folder: Path, weights: str, accelerator: Accelerator) -> None:
+    """6 steps in double precision under two laws that draw all that can be drawn, or that take derivatives along the way."""
+    part = load_image_dataset("digits", examples_per_class=20).train
+    stream = TrainingStream(part=part, view=VIEW, seed=3)
+    means = DataMeans(image=torch.from_numpy(mean_image(part, VIEW, seed=3)) * 2 - 1, label=torch.full((10,), 0.1))
+    world = accelerator.num_processes
+    for name, law in LAWS.items():
+        (folder / name).mkdir(exist_ok=True)
+        partnered = PartneredStream(stream=stream, candidates=same_class_candidates(part.labels))
+        train_model(
+            load_bit(weights, num_classes=10).double(),
+            partnered if law.loads_partners else stream,
+            replace(RULE, steps=6, warmup_steps=2),
+            accelerator,
+            law=law,
+            means=means,
+            cuts=cut_batch(64, num_processes=world, micro_batch=MICRO_BATCH[world], group_size=GROUP_SIZE if law.groups else 1),
+            run=RunFolder(folder / name),
+            seed=3,
+            save_every=6,
         )
 
 
@@ -106,6 +134,7 @@ def main(argv: list[str]) -> None:
     assert accelerator.num_processes == int(argv[2])
     train(folder / "double", weights, accelerator)
     pretrain(folder, weights, accelerator)
+    follow_laws(folder, weights, accelerator)
     logits = score(weights, accelerator)
     safetensors.torch.save_file({"logits": logits}, folder / f"logits_{accelerator.process_index}.safetensors")
     command(options(folder / "whole", weights))

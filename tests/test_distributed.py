@@ -29,6 +29,7 @@ def alone(tiny_bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     accelerator = Accelerator(cpu=True)
     worker.train(folder / "double", str(tiny_bit), accelerator)
     worker.pretrain(folder, str(tiny_bit), accelerator)
+    worker.follow_laws(folder, str(tiny_bit), accelerator)
     safetensors.torch.save_file({"logits": worker.score(str(tiny_bit), accelerator)}, folder / "logits_0.safetensors")
     command(worker.options(folder / "whole", str(tiny_bit)))
     return folder
@@ -59,14 +60,16 @@ def test_training_does_not_depend_on_the_number_of_processes(alone: Path, togeth
     assert difference(one, several) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["several", "distilled"])
-def test_pretraining_and_distillation_do_not_depend_on_it_either(alone: Path, together: tuple[int, Path], name: str) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("several", 10), ("distilled", 10), ("partners", 6), ("approximate", 6)])
+def test_pretraining_distillation_and_other_laws_do_not_depend_on_it_either(
+    alone: Path, together: tuple[int, Path], name: str, steps: int
+) -> None:
     _, folder = together
     losses = [[row["loss"] for row in RunFolder(f / name).read_metrics()] for f in (alone, folder)]
-    assert len(losses[0]) == 10
+    assert len(losses[0]) == steps
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     one, several = (
-        safetensors.torch.load_file(f / name / "checkpoints" / "step_000010" / "model.safetensors") for f in (alone, folder)
+        safetensors.torch.load_file(f / name / "checkpoints" / f"step_{steps:06d}" / "model.safetensors") for f in (alone, folder)
     )
     assert difference(one, several) < 1e-9
 

@@ -17,6 +17,7 @@ from bit_mixup.evaluation import evaluate_multi_label
 from bit_mixup.examples import TrainingStream
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.mixup import Mixup
 from bit_mixup.models import Normalize, create_bit, forward, load_bit
 from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy, kl_divergence
@@ -130,11 +131,11 @@ def test_teacher_and_student_see_the_same_bits_and_the_teacher_stays_as_it_is(ti
     hyper = HyperParameters(
         resize_size=48, crop_size=40, steps=2, warmup_steps=0, decay_steps=(), batch_size=16, base_lr=0.01, mixup_alpha=1.0
     )
-    mixup, cuts = Mixup(alpha=1.0), cut_batch(16, micro_batch=8)
+    law, cuts = TrainingLaw(alpha=1.0), cut_batch(16, micro_batch=8)
     (tmp_path / "run").mkdir()
     run = RunFolder(tmp_path / "run")
     train_model(
-        student, stream, hyper, Accelerator(cpu=True), mixup=mixup, cuts=cuts, run=run, objective=Distillation(teacher), seed=3
+        student, stream, hyper, Accelerator(cpu=True), law=law, cuts=cuts, run=run, objective=Distillation(teacher), seed=3
     )
     assert len(theirs) == len(own) == 4
     for one, other in zip(theirs, own, strict=True):
@@ -142,7 +143,7 @@ def test_teacher_and_student_see_the_same_bits_and_the_teacher_stays_as_it_is(ti
         assert torch.equal(one, other)
     pictures, _ = stream.__getitems__(range(16, 24))
     plain = Normalize.of(student)(torch.from_numpy(pictures))
-    mixed, _ = mixup(plain, torch.zeros(8, 0), seed=3, step=1, start=16, groups=(8,))
+    mixed, _ = Mixup(alpha=1.0)(plain, torch.zeros(8, 0), seed=3, step=1, start=16, groups=(8,))
     torch.testing.assert_close(own[2], mixed)
     assert not torch.allclose(own[2], plain, atol=0.01)
     assert not teacher.training

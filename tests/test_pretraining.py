@@ -35,7 +35,7 @@ from bit_mixup.errors import CheckpointError, ConfigError, WeightsError
 from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
-from bit_mixup.mixup import Mixup
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.models import create_bit, load_bit, save_model
 from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy, kl_divergence
 from bit_mixup.prediction import predict_logits
@@ -224,13 +224,13 @@ def cut_run(
 ) -> tuple[list[float], dict[str, Tensor]]:
     folder.mkdir()
     run = RunFolder(folder)
-    stream, mixup = TrainingStream(part=part, view=VIEW, seed=3), Mixup(alpha=mixup_alpha)
+    stream, law = TrainingStream(part=part, view=VIEW, seed=3), TrainingLaw(alpha=mixup_alpha)
     train_model(
         model.double(),
         stream,
         replace(RULE, base_lr=base_lr),
         Accelerator(cpu=True),
-        mixup=mixup,
+        law=law,
         cuts=cuts,
         run=run,
         objective=objective,

@@ -21,6 +21,7 @@ from bit_mixup.errors import CheckpointError, NonFiniteError
 from bit_mixup.examples import TrainingStream
 from bit_mixup.hyperrule import HyperParameters, learning_rate
 from bit_mixup.images import View
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.mixup import Mixup
 from bit_mixup.models import Normalize, load_bit
 from bit_mixup.runs import RunFolder
@@ -52,8 +53,8 @@ def train(
     model = load_bit(str(tiny_bit), num_classes=10).to(dtype)
     run = RunFolder(folder)
     folder.mkdir()
-    mixup = Mixup(alpha=hyper.mixup_alpha)
-    train_model(model, stream, hyper, Accelerator(cpu=True), mixup=mixup, cuts=cuts, run=run, seed=3, save_every=1000)
+    law = TrainingLaw(alpha=hyper.mixup_alpha)
+    train_model(model, stream, hyper, Accelerator(cpu=True), law=law, cuts=cuts, run=run, seed=3, save_every=1000)
     return [row["loss"] for row in run.read_metrics()], model.state_dict()
 
 
@@ -270,8 +271,9 @@ def test_a_damaged_checkpoint_is_named(quick: dict[str, Any]) -> None:
         bit_mixup.transfer(**quick, resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(quick: dict[str, Any]) -> None:
-    quick |= {"base_lr": 1e30, "warmup_steps": 2, "decay_steps": (6,), "log_every": 4, "save_every": 5}
+@pytest.mark.parametrize("more", [{}, {"score_every": 1}], ids=["unwatched", "scored on the way"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(quick: dict[str, Any], more: dict[str, int]) -> None:
+    quick |= {"base_lr": 1e30, "warmup_steps": 2, "decay_steps": (6,), "log_every": 4, "save_every": 5} | more
     with pytest.raises(NonFiniteError, match=r"step (\d+): .*train row \d+") as stopped:
         bit_mixup.transfer(**quick)
     run = RunFolder(quick["output_dir"])
