@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
-    multiclass_calibration_error,
     multiclass_f1_score,
     multiclass_recall,
     multilabel_average_precision,
     multilabel_f1_score,
 )
 
+from bit_mixup.calibration import CalibrationReport, measure_calibration
 from bit_mixup.errors import DataError, NonFiniteError
-
-NUM_BINS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class EvaluationReport:
         macro_f1: mean over classes of the harmonic mean of precision and recall, without classes neither present nor predicted.
         balanced_accuracy: mean recall of the classes that are present.
         nll: mean negative log-likelihood in nats.
-        expected_calibration_error: over 15 equal bins of confidence (Guo et al., 2017, eq. 3), as torchmetrics computes it.
+        calibration: how far confidence can be believed.
         class_accuracy: recall by class name; None for classes without examples.
         class_support: examples by class name.
     """
@@ -44,7 +42,7 @@ class EvaluationReport:
     macro_f1: float
     balanced_accuracy: float
     nll: float
-    expected_calibration_error: float
+    calibration: CalibrationReport
     class_accuracy: dict[str, float | None]
     class_support: dict[str, int]
 
@@ -62,7 +60,7 @@ class EvaluationReport:
             ("balanced accuracy", f"{self.balanced_accuracy:.2%}"),
             ("macro F1", f"{self.macro_f1:.4f}"),
             ("negative log-likelihood", f"{self.nll:.4f}"),
-            (f"calibration error ({NUM_BINS} bins)", f"{self.expected_calibration_error:.4f}"),
+            *self.calibration.summary(),
             ("examples", f"{self.num_examples:,}"),
         ]
 
@@ -109,7 +107,6 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
     if not logits.isfinite().all():
         raise NonFiniteError("the model's logits are not all finite numbers: there is nothing to score.")
     logits = logits.double()
-    probs = logits.softmax(dim=1)
     support = torch.bincount(labels, minlength=num_classes).tolist()
     recalls = multiclass_recall(logits, labels, num_classes=num_classes, average="none").tolist()
     present = [recall for recall, count in zip(recalls, support, strict=True) if count]
@@ -123,9 +120,7 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
         macro_f1=float(multiclass_f1_score(logits, labels, num_classes=num_classes, average="macro")),
         balanced_accuracy=math.fsum(present) / len(present),
         nll=float(F.cross_entropy(logits, labels)),
-        expected_calibration_error=float(
-            multiclass_calibration_error(probs, labels, num_classes=num_classes, n_bins=NUM_BINS, norm="l1")
-        ),
+        calibration=measure_calibration(logits, labels),
         class_accuracy={name: recalls[i] if support[i] else None for i, name in enumerate(class_names)},
         class_support={name: support[i] for i, name in enumerate(class_names)},
     )

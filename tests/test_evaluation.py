@@ -54,7 +54,7 @@ def test_calibration_error_against_a_loop_over_bins(scored: tuple[torch.Tensor, 
             if inside.any():
                 errors[bins] += inside.sum() / 60 * abs(hit[inside].mean() - confidence[inside].mean())
     assert abs(errors[10] - errors[15]) > 1e-3
-    assert evaluate(logits, labels, names).expected_calibration_error == pytest.approx(errors[15], abs=1e-6)
+    assert evaluate(logits, labels, names).calibration.expected_calibration_error == pytest.approx(errors[15], abs=1e-6)
 
 
 def test_the_order_of_examples_does_not_matter(scored: tuple[torch.Tensor, torch.Tensor, list[str]]) -> None:
