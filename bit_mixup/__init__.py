@@ -11,87 +11,129 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bit_mixup.calibration import CalibrationReport, TemperatureFit, fit_temperature, measure_calibration
     from bit_mixup.catalog import list_bit_models
     from bit_mixup.config import DistillConfig, PretrainConfig, TransferConfig
+    from bit_mixup.corruption import CorruptedLabels, corrupt_labels, memorisation
     from bit_mixup.data import ImageDataset, load_image_dataset
-    from bit_mixup.errors import (
-        BitMixupError,
-        CheckpointError,
-        ConfigError,
-        DataError,
-        NonFiniteError,
-        WeightsError,
-    )
+    from bit_mixup.diagnostics import AdversarialErrors, InBetween, adversarial_errors, attack, in_between, jacobian_norms
+    from bit_mixup.errors import BitMixupError, CheckpointError, ConfigError, DataError, NonFiniteError, WeightsError
     from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label
     from bit_mixup.examples import ArrayImages
+    from bit_mixup.expansion import DataMeans, LossParts, decompose_loss, noise_covariances, quadratic_term, shrink
     from bit_mixup.hyperrule import HyperParameters, bit_hyperrule, learning_rate
+    from bit_mixup.laws import TrainingLaw
+    from bit_mixup.losses import training_loss
     from bit_mixup.mixup import Mixup, mix
     from bit_mixup.models import load_bit, save_model
     from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy
     from bit_mixup.planning import Plan, make_plan
-    from bit_mixup.prediction import predict_logits
+    from bit_mixup.plots import reliability_diagram, save_figure
+    from bit_mixup.prediction import predict_features, predict_logits
     from bit_mixup.pretraining import PretrainResult, distill, pretrain
+    from bit_mixup.theory import MixingMoments, loss_floor, mixing_moments
     from bit_mixup.training import train
+    from bit_mixup.unmixing import MixupRecord, RuleChoice, choose_rule, predict_by_rule
     from bit_mixup.weights import find_weights
     from bit_mixup.workflow import TransferResult, transfer
 
 _HOMES = {
+    "calibration": ["CalibrationReport", "TemperatureFit", "fit_temperature", "measure_calibration"],
     "catalog": ["list_bit_models"],
     "config": ["DistillConfig", "PretrainConfig", "TransferConfig"],
+    "corruption": ["CorruptedLabels", "corrupt_labels", "memorisation"],
     "data": ["ImageDataset", "load_image_dataset"],
+    "diagnostics": ["AdversarialErrors", "InBetween", "adversarial_errors", "attack", "in_between", "jacobian_norms"],
     "errors": ["BitMixupError", "CheckpointError", "ConfigError", "DataError", "NonFiniteError", "WeightsError"],
     "evaluation": ["EvaluationReport", "MultiLabelReport", "evaluate", "evaluate_multi_label"],
     "examples": ["ArrayImages"],
+    "expansion": ["DataMeans", "LossParts", "decompose_loss", "noise_covariances", "quadratic_term", "shrink"],
     "hyperrule": ["HyperParameters", "bit_hyperrule", "learning_rate"],
+    "laws": ["TrainingLaw"],
+    "losses": ["training_loss"],
     "mixup": ["Mixup", "mix"],
     "models": ["load_bit", "save_model"],
-    "planning": ["Plan", "make_plan"],
-    "prediction": ["predict_logits"],
     "objectives": ["Distillation", "SigmoidCrossEntropy", "SoftmaxCrossEntropy"],
+    "planning": ["Plan", "make_plan"],
+    "plots": ["reliability_diagram", "save_figure"],
+    "prediction": ["predict_features", "predict_logits"],
     "pretraining": ["PretrainResult", "distill", "pretrain"],
+    "theory": ["MixingMoments", "loss_floor", "mixing_moments"],
     "training": ["train"],
+    "unmixing": ["MixupRecord", "RuleChoice", "choose_rule", "predict_by_rule"],
     "weights": ["find_weights"],
     "workflow": ["TransferResult", "transfer"],
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdversarialErrors",
     "ArrayImages",
     "BitMixupError",
+    "CalibrationReport",
     "CheckpointError",
     "ConfigError",
+    "CorruptedLabels",
     "DataError",
+    "DataMeans",
     "DistillConfig",
     "Distillation",
     "EvaluationReport",
     "HyperParameters",
     "ImageDataset",
+    "InBetween",
+    "LossParts",
+    "MixingMoments",
     "Mixup",
+    "MixupRecord",
     "MultiLabelReport",
     "NonFiniteError",
     "Plan",
     "PretrainConfig",
     "PretrainResult",
+    "RuleChoice",
     "SigmoidCrossEntropy",
     "SoftmaxCrossEntropy",
+    "TemperatureFit",
+    "TrainingLaw",
     "TransferConfig",
     "TransferResult",
     "WeightsError",
+    "adversarial_errors",
+    "attack",
     "bit_hyperrule",
+    "choose_rule",
+    "corrupt_labels",
+    "decompose_loss",
     "distill",
     "evaluate",
     "evaluate_multi_label",
     "find_weights",
+    "fit_temperature",
+    "in_between",
+    "jacobian_norms",
     "learning_rate",
     "list_bit_models",
     "load_bit",
     "load_image_dataset",
+    "loss_floor",
     "make_plan",
+    "measure_calibration",
+    "memorisation",
     "mix",
+    "mixing_moments",
+    "noise_covariances",
+    "predict_by_rule",
+    "predict_features",
     "predict_logits",
     "pretrain",
+    "quadratic_term",
+    "reliability_diagram",
+    "save_figure",
     "save_model",
+    "shrink",
     "train",
+    "training_loss",
     "transfer",
 ]
 

@@ -12,6 +12,7 @@ from bit_mixup.catalog import DEFAULT_MODEL
 from bit_mixup.environment import Precision
 from bit_mixup.errors import ConfigError, did_you_mean
 from bit_mixup.hyperrule import HyperParameters, LamLaw, Preset, bit_hyperrule, scale_step
+from bit_mixup.laws import AskedRule, Form, Mixed, PartnerRule, SmoothingTarget, TrainingLaw
 from bit_mixup.weights import Weights
 
 
@@ -145,10 +146,66 @@ class TransferConfig(RunConfig):
     resize_size: int | None = None
     """Edge in pixels that training pictures are resized to."""
 
+    mixup_partner: PartnerRule = "all"
+    """Mix with any example of the batch, one of the same class, or one of the ten nearest neighbours in pretrained features."""
+    mixup_of: Mixed = "both"
+    """Mix inputs and labels, or one of them."""
+    mixup_stage: int = 0
+    """Mix pictures (0), or features after this stage of the network, 1 to 4."""
+    mixup_form: Form = "exact"
+    """Experimental, for study: modified trains on mixup's shrunken data without its noise, approximate adds the noise to second
+    order."""
+    cool_down: float = 0.0
+    """Last share of the steps that does not mix."""
+    label_smoothing: float = 0.0
+    """Weight taken from the labels."""
+    smooth_toward: SmoothingTarget = "uniform"
+    """Where that weight goes: all classes alike, or by their frequencies, as mixup implies."""
+    input_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the pictures, as a share of the range from black to white."""
+    feature_dropout: float = 0.0
+    """Probability with which a feature before the head is dropped."""
+    corrupt_labels: float = 0.0
+    """Replace this share of the training labels by wrong ones, and report how far they were memorised."""
+    prediction_rule: AskedRule = "raw"
+    """How to predict after mixup: raw, eq15, temperature, unshrink, fitted, or auto, which picks by held-out likelihood."""
+    score_every: int | None = None
+    """Also score the test split each so many steps, into scores.jsonl."""
+    diagnostics: bool = False
+    """Also measure behaviour between examples, Jacobians, parts of the loss, and adversarial pictures."""
+    attack_from: str | None = None
+    """With diagnostics: a trained model of the same classes. Pictures made to fool it are tried too (a transferred attack)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.corrupt_labels <= 1:
+            raise ConfigError(f"corrupt_labels is {self.corrupt_labels}; it must be a share of the labels, from 0 to 1.")
+        if self.score_every is not None and self.score_every < 1:
+            raise ConfigError(f"score_every is {self.score_every}; it must be at least 1.")
+        if self.attack_from and not self.diagnostics:
+            raise ConfigError("attack_from belongs to the diagnostics, which were not asked for: add --diagnostics.")
         if self.resolution == "model" and (self.resize_size or self.crop_size):
             raise ConfigError("resolution model contradicts resize_size and crop_size: give one or the other.")
+
+    def law(self, alpha: float) -> TrainingLaw:
+        """What is done to the examples, given the alpha that was asked for or that the rule says.
+
+        Raises:
+            ConfigError: options contradict each other.
+        """
+        return TrainingLaw(
+            alpha=alpha,
+            lam=self.mixup_lam,
+            partner=self.mixup_partner,
+            mixed=self.mixup_of,
+            stage=self.mixup_stage,
+            label_smoothing=self.label_smoothing,
+            smooth_toward=self.smooth_toward,
+            input_noise=self.input_noise,
+            feature_dropout=self.feature_dropout,
+            cool_down=self.cool_down,
+            form=self.mixup_form,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +298,7 @@ def configure(kind: type[Config], /, **options: Any) -> Config:
         raise ConfigError(
             "no teacher was named. Give teacher: the model folder of a run, a published architecture.tag, or a file."
         )
-    for name in ("dataset", "model", "teacher"):
+    for name in ("dataset", "model", "teacher", "attack_from"):
         if isinstance(options.get(name), Path):
             options[name] = str(options[name])
     if isinstance(options.get("output_dir"), str):

@@ -1,16 +1,23 @@
 """What will a run do, and why? Answered before it starts, without torch."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from bit_mixup.catalog import PUBLISHED
 from bit_mixup.config import Resolution, TransferConfig, resolve
+from bit_mixup.corruption import CorruptedLabels, corrupt_labels
 from bit_mixup.data import ImageDataset, SizeSummary, load_image_dataset, summarize_sizes
 from bit_mixup.environment import Environment, read_environment
+from bit_mixup.errors import ConfigError
 from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_AREA, rate_table, size_class
 from bit_mixup.images import View
+from bit_mixup.laws import APPROXIMATE_MEMORY, TrainingLaw, check_rule
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
+from bit_mixup.theory import best_train_accuracy, loss_floor
 from bit_mixup.weights import BUNDLED_FOLDER, Weights, fetch, find_weights, size_text
 
 
@@ -27,6 +34,8 @@ class Plan:
         environment: launcher and machine.
         cuts: for each process its micro-batches of a global batch.
         run: where files go.
+        corruption: which training labels were replaced by wrong ones, if that was asked for.
+        attacker: the model whose adversarial pictures are tried, if that was asked for.
     """
 
     config: TransferConfig
@@ -37,6 +46,8 @@ class Plan:
     environment: Environment
     cuts: list[list[MicroBatch]]
     run: RunFolder
+    corruption: CorruptedLabels | None = None
+    attacker: Weights | None = None
 
     @property
     def view(self) -> View:
@@ -50,6 +61,11 @@ class Plan:
         )
 
     @property
+    def law(self) -> TrainingLaw:
+        """What is done to the examples."""
+        return self.config.law(self.resolution.hyper.mixup_alpha)
+
+    @property
     def largest_micro_batch(self) -> int:
         """Examples of the largest backward pass of any process."""
         return max(cut.size for cuts in self.cuts for cut in cuts)
@@ -60,6 +76,7 @@ class Plan:
         copies = 6 if self.environment.num_processes > 1 else 4  # two more while gradients are summed over processes
         half = 1 if self.environment.precision == "fp32" else 2
         activations = self.weights.shape.activation_bytes(self.resolution.hyper.crop_size) // half
+        activations *= APPROXIMATE_MEMORY if self.law.form == "approximate" else 1
         return copies * parameters + activations * self.largest_micro_batch
 
     def resolved(self) -> dict[str, Any]:
@@ -68,6 +85,8 @@ class Plan:
         return {
             "hyper": hyper,
             "reasons": self.resolution.reasons,
+            "law": self.law.as_json(),
+            "corrupt_labels": self.config.corrupt_labels,
             "flip": self.config.flip,
             "interpolation": self.weights.interpolation,
             "precision": self.environment.precision,
@@ -166,13 +185,36 @@ class Plan:
         ]
 
     def _mixup_lines(self) -> list[str]:
-        alpha = self.resolution.hyper.mixup_alpha
-        if alpha:
-            drawn = "each step" if self.config.mixup_lam == "step" else "each example"
-            return [f"alpha {alpha}{self._mark('mixup_alpha')}, one weight for {drawn}, partners within groups of {GROUP_SIZE}"]
-        if "mixup_alpha" in self.resolution.reasons:
-            return [f"off{self._mark('mixup_alpha')}"]
-        return [f"off: the rule mixes from {SMALL:,} training examples on. Turn it on with --mixup-alpha {RULE_MIXUP_ALPHA}"]
+        alpha, law = self.resolution.hyper.mixup_alpha, self.law
+        mark = self._mark("mixup_alpha")
+        if not alpha:
+            hint = f"the rule mixes from {SMALL:,} training examples on. Turn it on with --mixup-alpha {RULE_MIXUP_ALPHA}"
+            off = f"off{mark}" if mark else f"off: {hint}"
+            return [off, *([law.as_text()] if law != TrainingLaw() else []), *law.warnings()]
+        groups = f", partners within groups of {GROUP_SIZE}" if law.groups else ""
+        return [f"{law.as_text()}{groups}{mark}", *self._theory_lines(law), *law.warnings()]
+
+    def _theory_lines(self, law: TrainingLaw) -> list[str]:
+        """What follows from the law before anything is trained."""
+        theta_bar, label_share = law.theta_bar, 1 - law.mixing_shrink
+        what = "a label" if law.mixed == "labels" else f"a picture after stage {law.stage}" if law.stage else "a picture"
+        lines = [f"{what} keeps {theta_bar:.1%} of itself on average (theta_bar {theta_bar:.4f}), its partner gives the rest"]
+        if label_share:
+            lines.append(f"to the labels that is a smoothing by {label_share:.4f} toward the class frequencies")
+        plain = law.mixed == "both" and not law.label_smoothing and law.form == "exact"
+        if label_share and plain and len(self.data.train) > 1:
+            counts = np.bincount(self.data.train.labels, minlength=self.data.num_classes).tolist()
+            accuracy, floor = best_train_accuracy(law.alpha, counts), loss_floor(law.alpha, counts)
+            lines.append(
+                f"on mixed pictures accuracy can reach {accuracy:.1%} and the loss {floor:.4f} at best; excess_loss in "
+                "metrics.jsonl is the loss less that of its own labels"
+            )
+        rule = self.config.prediction_rule
+        if rule == "raw":
+            lines.append("prediction takes the model as it is; --prediction-rule auto with --validation-fraction compares others")
+        else:
+            lines.append(f"prediction by the rule {rule}")
+        return lines
 
     def _batch_lines(self) -> list[str]:
         hyper, processes, passes = self.resolution.hyper, self.environment.num_processes, len(self.cuts[0])
@@ -225,11 +267,19 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         validation_fraction=config.validation_fraction,
         seed=config.seed,
     )
+    corruption = None
+    if config.corrupt_labels:
+        corruption = corrupt_labels(data.train.labels, config.corrupt_labels, num_classes=data.num_classes, seed=config.seed)
+        note = f"NOTE: {corruption.corrupted.sum():,} training labels are replaced by wrong ones, as asked"
+        data = replace(data, train=replace(data.train, labels=corruption.labels), notes=(*data.notes, note))
     sizes = summarize_sizes(data.train, small_area=SMALL_IMAGE_AREA, seed=config.seed)
     for part in (data.test, data.validation):
         if part is not None:  # a broken file is better met before training than after it
             summarize_sizes(part, small_area=SMALL_IMAGE_AREA, seed=config.seed)
     resolution = resolve(config, num_examples=len(data.train), image_area=sizes.median_area, weights=weights)
+    law = config.law(resolution.hyper.mixup_alpha)
+    shrinks = law.input_shrink < 1 or law.label_shrink < 1
+    check_rule(config.prediction_rule, shrinks=shrinks, held_out=data.validation is not None)
     cuts = _cut(config, resolution, weights, environment.num_processes)
     return Plan(
         config=config,
@@ -240,13 +290,48 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         environment=environment,
         cuts=cuts,
         run=run,
+        corruption=corruption,
+        attacker=_find_attacker(config, data, weights),
     )
+
+
+def _find_attacker(config: TransferConfig, data: ImageDataset, weights: Weights) -> Weights | None:
+    """The model that adversarial pictures are made to fool, which must see and say the same things as the one that is trained."""
+    if config.attack_from is None:
+        return None
+    attacker = find_weights(config.attack_from)
+    if attacker.file is None:
+        raise ConfigError(
+            f"attack_from {config.attack_from} is not on this machine. Name the model/ folder of a run on this data set."
+        )
+    if attacker.label_names != tuple(data.class_names):
+        raise ConfigError(
+            f"attack_from {config.attack_from}: that model tells apart {_list(attacker.label_names)}, the data set has "
+            f"{_list(data.class_names)}. Name the model/ of a run on this data set."
+        )
+    for name in ("mean", "std"):
+        own, other = (tuple(w.pretrained_cfg.get(name, ())) for w in (weights, attacker))
+        if own != other:
+            raise ConfigError(
+                f"attack_from {config.attack_from} normalises pictures by a {name} of {other}, {weights.name} by {own}: they "
+                "would not see the same picture."
+            )
+    return attacker
+
+
+def _list(names: Sequence[str] | None) -> str:
+    """Class names for a message, the first few of them."""
+    if not names:
+        return "classes without names"
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_processes: int) -> list[list[MicroBatch]]:
     hyper = resolution.hyper
-    group_size = GROUP_SIZE if hyper.mixup_alpha else 1
+    groups = config.law(hyper.mixup_alpha).groups
+    group_size = GROUP_SIZE if groups else 1
     micro_batch = config.micro_batch
     if micro_batch is None:
-        micro_batch = fitting_micro_batch(weights.shape.activation_bytes(hyper.crop_size), mixed=hyper.mixup_alpha > 0)
+        factor = APPROXIMATE_MEMORY if config.mixup_form == "approximate" else 1
+        micro_batch = fitting_micro_batch(factor * weights.shape.activation_bytes(hyper.crop_size), mixed=groups)
     return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=group_size)

@@ -2,7 +2,8 @@
 
 config.json   what was asked          plan.json      what that resolved to
 metrics.jsonl a line for each step    checkpoints/   whole or absent
-model/        timm's hub layout       report.json, report.md
+scores.jsonl  test scores on the way  (where asked for)
+model/        timm's hub layout       report.json, report.md, reliability.png (with diagnostics)
 """
 
 import json
@@ -47,6 +48,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def scores(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -72,6 +77,10 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def diagram(self) -> Path:
+        return self.path / "reliability.png"
+
+    @property
     def nonfinite(self) -> Path:
         return self.path / "nonfinite.json"
 
@@ -81,7 +90,9 @@ class RunFolder:
             (self.model, "the model, in timm's hub layout"),
             (self.report, "all scores"),
             (self.table, "the same as a table"),
+            (self.diagram, "accuracy against confidence"),
             (self.metrics, "loss and rate of each step"),
+            (self.scores, "test scores on the way"),
             (self.plan, "what was decided"),
             (self.config, "what was asked"),
         ]
@@ -147,32 +158,55 @@ class RunFolder:
         """Removes what a run writes, and nothing else; `config.json` last, so that what is left still looks like a run."""
         for folder in (self.checkpoints, self.model, self.path / TRACKER_PROJECT):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.metrics, self.report, self.table, self.nonfinite, self.plan, self.config):
+        for file in (self.metrics, self.scores, self.report, self.table, self.diagram, self.nonfinite, self.plan, self.config):
             file.unlink(missing_ok=True)
 
     def trim_metrics(self, step: int) -> None:
         """Forgets the lines of steps from `step` on: they are about to be repeated."""
-        if not self.metrics.is_file():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break  # the line that an interruption cut short
-        write_text(self.metrics, "".join(kept))
+        _trim(self.metrics, step)
+
+    def trim_scores(self, step: int) -> None:
+        """Forgets the scores after `step` steps and later."""
+        _trim(self.scores, step)
 
     def add_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Appends a JSON line for each step."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.metrics, rows)
+
+    def add_scores(self, row: dict[str, Any]) -> None:
+        """Appends a JSON line of test scores after a number of steps."""
+        _append(self.scores, [row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def read_scores(self) -> list[dict[str, Any]]:
+        """The lines of `scores.jsonl`, if scores on the way were asked for."""
+        return (
+            [json.loads(line) for line in self.scores.read_text(encoding="utf-8").splitlines()] if self.scores.is_file() else []
+        )
+
+
+def _trim(path: Path, step: int) -> None:
+    """Keeps the JSON lines of steps before `step`, as far as they are whole."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except ValueError:
+            break  # the line that an interruption cut short
+    write_text(path, "".join(kept))
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def default_folder(dataset: str, model: str, seed: int) -> Path:

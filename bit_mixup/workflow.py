@@ -5,17 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from timm.models.resnetv2 import ResNetV2
+from torch import Tensor
 
 from bit_mixup.config import TransferConfig, configure
-from bit_mixup.data import Part
-from bit_mixup.evaluation import EvaluationReport, evaluate
-from bit_mixup.examples import EvaluationView, TrainingStream
+from bit_mixup.evaluation import EvaluationReport
+from bit_mixup.examples import EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
+from bit_mixup.expansion import DataMeans
+from bit_mixup.judging import Judgement, judge, watch_scores
 from bit_mixup.launching import (
     default_workers,
     find_device,
@@ -25,12 +28,14 @@ from bit_mixup.launching import (
     start_tracker,
     torch_threads,
 )
-from bit_mixup.mixup import Mixup
-from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, build_bit, save_model, std_eps_effect
+from bit_mixup.laws import APPROXIMATE_TIME, NEIGHBOURS
+from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, Normalize, build_bit, save_model, std_eps_effect
 from bit_mixup.planning import Plan, make_plan
-from bit_mixup.prediction import predict_logits
+from bit_mixup.plots import reliability_diagram, save_figure
+from bit_mixup.prediction import nearest_neighbours, predict_features
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 from bit_mixup.training import train
+from bit_mixup.unmixing import MixupRecord, RuleChoice
 from bit_mixup.weights import fetch
 
 
@@ -44,6 +49,9 @@ class TransferResult:
         report: scores on the test examples.
         validation: scores on held-out training examples, if some were asked for.
         output_dir: the run's folder.
+        record: what prediction must know of training.
+        choice: how `report` was predicted.
+        logits: of the test examples, as they are, (N, K).
     """
 
     model: ResNetV2
@@ -51,6 +59,9 @@ class TransferResult:
     report: EvaluationReport
     validation: EvaluationReport | None
     output_dir: Path
+    record: MixupRecord
+    choice: RuleChoice
+    logits: Tensor
 
 
 def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> TransferResult:
@@ -103,36 +114,66 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     accelerator.wait_for_everyone()
     start_tracker(accelerator, config)
     workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
-    stream = TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed)
+    mixup_record, means = _training_means(plan, model)
     model = train(
         model,
-        stream,
+        _stream(plan, model, accelerator, workers),
         hyper,
         accelerator,
-        mixup=Mixup(alpha=hyper.mixup_alpha, lam=config.mixup_lam),
+        law=plan.law,
+        means=means,
         cuts=plan.cuts,
         run=run,
+        watch=watch_scores(plan, accelerator, workers),
+        watch_every=config.score_every or 1,
         seed=config.seed,
         num_workers=workers,
         log_every=config.log_every,
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
     )
-    report = _score(plan, model, plan.data.test, accelerator, workers)
-    validation = _score(plan, model, plan.data.validation, accelerator, workers) if plan.data.validation else None
+    judged = judge(plan, model, mixup_record, accelerator, workers)
     if accelerator.is_main_process:
-        _write(plan, model, report, validation, std_eps=std_eps)
-    accelerator.log({"test_accuracy": report.accuracy, "test_nll": report.nll}, step=hyper.steps)
+        _write(plan, model, mixup_record, judged, std_eps=std_eps)
+    accelerator.log({"test_accuracy": judged.report.accuracy, "test_nll": judged.report.nll}, step=hyper.steps)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
-    return TransferResult(model=model, plan=plan, report=report, validation=validation, output_dir=run.path)
+    return TransferResult(
+        model=model,
+        plan=plan,
+        report=judged.report,
+        validation=judged.validation,
+        output_dir=run.path,
+        record=mixup_record,
+        choice=judged.choice,
+        logits=judged.logits,
+    )
 
 
-def _score(plan: Plan, model: ResNetV2, part: Part, accelerator: Accelerator, workers: int) -> EvaluationReport:
-    view = EvaluationView(part=part, view=plan.view)
-    logits = predict_logits(model, view, accelerator, batch_size=plan.largest_micro_batch, num_workers=workers)
-    return evaluate(logits, torch.from_numpy(part.labels), plan.data.class_names)
+def _training_means(plan: Plan, model: ResNetV2) -> tuple[MixupRecord, DataMeans | None]:
+    """What prediction and the law must know of the training set."""
+    law, part = plan.law, plan.data.train
+    frequencies = torch.from_numpy(np.bincount(part.labels, minlength=plan.data.num_classes) / len(part))
+    if not law.needs_means and law.input_shrink == 1:
+        return MixupRecord.of(law, class_frequencies=frequencies, mean_image=None), None
+    image = torch.from_numpy(mean_image(part, plan.view, seed=plan.config.seed))
+    normalize = Normalize.of(model)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (normalize.mean, normalize.std))
+    means = DataMeans(image=(image - mean) / std, label=frequencies)
+    return MixupRecord.of(law, class_frequencies=frequencies, mean_image=image), means
+
+
+def _stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int) -> TrainingStream | PartneredStream:
+    """The training examples, with their partners where the law chooses these from the whole training set."""
+    stream = TrainingStream(part=plan.data.train, view=plan.view, seed=plan.config.seed)
+    if not plan.law.loads_partners:
+        return stream
+    if plan.law.partner == "same_class":
+        return PartneredStream(stream=stream, candidates=same_class_candidates(plan.data.train.labels))
+    view = EvaluationView(part=plan.data.train, view=plan.view)
+    features = predict_features(model, view, accelerator, batch_size=plan.largest_micro_batch, num_workers=workers)
+    return PartneredStream(stream=stream, candidates=nearest_neighbours(features, NEIGHBOURS))
 
 
 def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -149,22 +190,21 @@ def _few_shot_rows(plan: Plan) -> list[int] | None:
     return plan.data.train.rows.tolist() if plan.config.examples_per_class else None
 
 
-def _write(plan: Plan, model: ResNetV2, report: EvaluationReport, validation: EvaluationReport | None, *, std_eps: float) -> None:
+def _write(plan: Plan, model: ResNetV2, record: MixupRecord, judged: Judgement, *, std_eps: float) -> None:
     run = plan.run
     with whole_folder(run.model) as folder:
         save_model(model, folder, label_names=plan.data.class_names, view=plan.view, std_eps=std_eps)
-    values = report.as_dict() | {"validation": validation.as_dict() if validation else None}
-    write_json(run.report, values)
-    text = f"# {plan.data.name}, {plan.weights.name}, seed {plan.config.seed}\n\n{report.table()}"
-    if validation:
-        text += f"\n## Held out of the training split\n\n{validation.table()}"
-    write_text(run.table, text)
+        record.save(folder)
+        judged.choice.save(folder)
+    write_json(run.report, judged.as_dict())
+    write_text(run.table, f"# {plan.data.name}, {plan.weights.name}, seed {plan.config.seed}\n\n{judged.table()}")
+    if judged.diagnosis is not None:
+        title = f"{plan.data.name}, {plan.weights.name}, predicted by the rule {judged.choice.rule}"
+        save_figure(reliability_diagram(judged.report.calibration.bins, title=title), run.diagram)
     effect = std_eps_effect(model)
-    print(f"\n{report.table(worst=10)}")
+    print(f"\n{judged.table(worst=10)}")
     changes = f"changes {effect.of} by {effect.relative_change:.2g} of the largest"
     print(f"std_eps {TIMM_STD_EPS:g} instead of {REFERENCE_STD_EPS:g} {changes}\n")
-    if validation:
-        print(f"held out for validation: top-1 accuracy {validation.accuracy:.2%} of {validation.num_examples:,}\n")
     for path, what in run.written():
         print(f"{path!s:<60} {what}")
 
@@ -188,4 +228,4 @@ def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
             loss.backward()
             loss.item()  # waits for the device
         seconds = (time.perf_counter() - start) / timed_steps
-    return seconds * len(plan.cuts[0]) * hyper.steps
+    return seconds * len(plan.cuts[0]) * hyper.steps * (APPROXIMATE_TIME if plan.law.form == "approximate" else 1)

@@ -105,7 +105,7 @@ def test_plan_marks_what_was_overridden(says, tiny_bit: Path) -> None:
         "decays after (100, 150, 200) [in proportion to --steps; the rule: (200, 300, 400)]",
         "resized to 48x48 [--resize-size; the rule: 160], cropped to 40x40 [--crop-size; the rule: 128]",
         "never mirrored [--no-flip; the rule: half of the time]",
-        "alpha 0.3 [--mixup-alpha; the rule: 0.0], one weight for each step, partners within groups of 8",
+        "alpha 0.3, one weight for each step, partners within groups of 8 [--mixup-alpha; the rule: 0.0]",
         "128 examples a step [--batch-size; the rule: 512] = 1 process(es) x 4 micro-batch(es) of up to 32",
         "fp32 (default), 1 thread(s)",
     ):

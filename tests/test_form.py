@@ -23,12 +23,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A file imports only from floors below its own, so files of one floor never import each other.
 FLOORS = [
     {"errors", "catalog", "loading"},
-    {"hyperrule", "sampling", "storage", "environment", "weights", "evaluation", "objectives"},
-    {"mixup", "images", "runs", "config"},
-    {"augmentation", "examples", "sources", "models", "checkpoint", "launching"},
-    {"data", "training", "prediction"},
-    {"upstream", "planning"},
-    {"workflow", "pretraining"},
+    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives"},
+    {"laws", "corruption", "calibration", "expansion", "images", "runs"},
+    {"mixup", "unmixing", "evaluation", "config", "augmentation", "examples", "sources", "models", "checkpoint", "plots"},
+    {"losses", "data", "prediction", "diagnostics", "launching"},
+    {"training", "upstream", "planning"},
+    {"judging", "pretraining"},
+    {"workflow"},
     {"cli"},
     {"__main__"},
 ]
@@ -45,6 +46,12 @@ NO_TORCH = set(FILES) - {
     "objectives",
     "launching",
     "pretraining",
+    "calibration",
+    "expansion",
+    "losses",
+    "unmixing",
+    "diagnostics",
+    "judging",
 }
 
 
