@@ -1,7 +1,7 @@
 # bit_mixup: `make` lists the targets. Each does its own set-up: Python >= 3.11, git and make are enough.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all ci plan models few-shot pretrain distill open-sets upstream bundled fine-tune \
+.PHONY: help install check format test test-all ci plan models few-shot mixup-study pretrain distill open-sets upstream bundled fine-tune \
         fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet clean
 
 PYTHON ?= python3
@@ -69,6 +69,9 @@ models: $(READY) ## list the pretrained weights
 few-shot: $(READY) ## the few-shot protocol: MODEL on DATASET, 1, 5 and 10 for each class, 5 seeds, beside three baselines
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/few_shot.py --dataset '$(DATASET)' --model '$(MODEL)' $(ARGS)
 
+mixup-study: $(READY) ## what mixup does to MODEL on DATASET: 151 short runs (35 minutes on two cores) and a report, runs/mixup-study/report.html
+	$(BIN)/python recipes/mixup_study.py --dataset '$(DATASET)' --model '$(MODEL)' $(if $(filter digits,$(DATASET)),,--flip) $(ARGS)
+
 pretrain: $(READY) ## pre-train the network of MODEL (bundled) on DATASET (digits) by BiT's upstream recipe
 	$(PRETRAIN) --dataset '$(DATASET)' --model '$(MODEL)' $(DATASET_FLAGS) $(ARGS)
 
@@ -95,7 +98,7 @@ format: $(READY) ## put the code into form
 	$(BIN)/ruff check --fix .
 
 test: $(READY) ## the tests (under 6 minutes on 2 cores, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-all: $(READY) ## the tests and the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ''
