@@ -252,6 +252,7 @@ def choose_rule(
         why = f"the least negative log-likelihood on {len(labels):,} held-out examples ({listed})"
     if rule == "fitted" and fit.note:
         why += f". {fit.note}" + (" It is left at 1." if fit.bounded else "")
+        why = why.removesuffix(".")
     return RuleChoice(
         rule=rule,
         temperature=_usable(fit) if rule == "fitted" else 1.0,
