@@ -294,16 +294,18 @@ class Difference:
         mean: first less second.
         detectable: the smallest difference whose 95 % interval leaves out 0.
         better: whether larger is better.
+        same: whether the two agree on every example of every seed.
     """
 
     mean: float
     detectable: float
     better: bool = True
+    same: bool = False
 
     @property
     def verdict(self) -> str:
         """yes (the first is better), no (it is worse), or not distinguishable here."""
-        if self.mean == self.detectable == 0:
+        if self.same:
             return "not distinguishable here (the same on every example)"
         if not abs(self.mean) > self.detectable:
             return f"not distinguishable here (smallest detectable difference {self.detectable:.4f})"
@@ -330,7 +332,7 @@ def compare(first: Array, second: Array, *, better: bool = True) -> Difference:
     variance = rows.var(ddof=1) / seeds + columns.var(ddof=1) / table.shape[1] - (residual**2).sum() / free / table.size
     least = rows.var(ddof=1) / seeds  # never less than the seeds alone say
     error = math.sqrt(max(variance, least, 0.0))
-    return Difference(float(table.mean()), float(stats.t.ppf(0.975, seeds - 1) * error), better)
+    return Difference(float(table.mean()), float(stats.t.ppf(0.975, seeds - 1) * error), better, same=not table.any())
 
 
 # ---- questions

@@ -144,7 +144,9 @@ def test_verdicts(mean: float, better: bool, verdict: str) -> None:
     assert study.Difference(mean, 0.2, better).verdict == verdict
     unclear = study.Difference(mean, 0.4, better).verdict
     assert unclear == "not distinguishable here (smallest detectable difference 0.4000)"
-    assert study.Difference(0.0, 0.0, better).verdict == "not distinguishable here (the same on every example)"
+    alike = study.compare(np.ones((2, 3)), np.ones((2, 3)), better=better)
+    assert alike.verdict == "not distinguishable here (the same on every example)"
+    assert not study.compare(np.eye(2), 1 - np.eye(2)).same, "though the means are"
 
 
 def test_each_half_is_scaled_by_the_temperature_of_the_other() -> None:
