@@ -276,6 +276,11 @@ class TemperatureFit:
     bounded: bool
 
     @property
+    def usable(self) -> float:
+        """The temperature; 1 where it is the end of its range, for then the examples could not say which."""
+        return 1.0 if self.bounded else self.temperature
+
+    @property
     def note(self) -> str:
         """What to keep in mind about the fit, as sentences; empty where there is nothing."""
         notes = []
@@ -322,6 +327,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> TemperatureFit:
         num_examples=len(labels),
         bounded=bounded,
     )
+
+
+def cross_fitted(logits: Tensor, labels: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Logits (N, K), each half of them divided by the temperature that was fitted on the other.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) whole numbers from 0 to K - 1.
+        first: indices of one half.
+        second: indices of the other; both together are all.
+    """
+    scaled = logits.clone()
+    for own, other in ((first, second), (second, first)):
+        scaled[own] /= fit_temperature(logits[other], labels[other]).usable
+    return scaled
 
 
 def _rising_zero(function: Callable[[float], float], low: float, high: float) -> tuple[float, bool]:

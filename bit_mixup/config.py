@@ -9,10 +9,12 @@ from typing import Any, Literal, Self, TypeVar, get_type_hints
 import typeguard
 
 from bit_mixup.catalog import DEFAULT_MODEL
+from bit_mixup.corruption import check_fraction
 from bit_mixup.environment import Precision
 from bit_mixup.errors import ConfigError, did_you_mean
 from bit_mixup.hyperrule import HyperParameters, LamLaw, Preset, bit_hyperrule, scale_step
 from bit_mixup.laws import AskedRule, Form, Mixed, PartnerRule, SmoothingTarget, TrainingLaw
+from bit_mixup.storage import plain_values
 from bit_mixup.weights import Weights
 
 
@@ -107,7 +109,7 @@ class RunConfig:
     def as_json(self) -> dict[str, Any]:
         """As plain values for `config.json`; `from_json` reads it back. What belongs to one start only is left out."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("resume", "overwrite")}
-        return {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in values.items()}
+        return plain_values(values)
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
@@ -178,8 +180,7 @@ class TransferConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.corrupt_labels <= 1:
-            raise ConfigError(f"corrupt_labels is {self.corrupt_labels}; it must be a share of the labels, from 0 to 1.")
+        check_fraction(self.corrupt_labels)
         if self.score_every is not None and self.score_every < 1:
             raise ConfigError(f"score_every is {self.score_every}; it must be at least 1.")
         if self.attack_from and not self.diagnostics:

@@ -29,6 +29,12 @@ class CorruptedLabels:
         return np.not_equal(self.labels, self.true_labels)
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises ConfigError unless the share of labels to corrupt lies in [0, 1]."""
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"corrupt_labels is {fraction}; it must be a share of the labels, from 0 to 1.")
+
+
 def corrupt_labels(labels: Labels, fraction: float, *, num_classes: int, seed: int) -> CorruptedLabels:
     """Replaces exactly round(fraction * N) labels, each by one of the other classes, all of them alike.
 
@@ -44,8 +50,7 @@ def corrupt_labels(labels: Labels, fraction: float, *, num_classes: int, seed: i
     Raises:
         ConfigError: the fraction is out of its range, or there is no other class.
     """
-    if not 0 <= fraction <= 1:
-        raise ConfigError(f"corrupt_labels is {fraction}; it must be a share of the labels, from 0 to 1.")
+    check_fraction(fraction)
     if num_classes < 2:
         raise ConfigError("labels can only be corrupted where there are two classes or more.")
     rng = generator(seed, Purpose.CORRUPTION)

@@ -192,9 +192,7 @@ def attack(
         raise ConfigError(f"an attack needs epsilon of 0 or more and 1 step or more, not {epsilon} and {steps}.")
     if epsilon == 0:
         return images.clone()
-    mean, std = (
-        torch.tensor(v, dtype=images.dtype, device=images.device).view(-1, 1, 1) for v in (normalize.mean, normalize.std)
-    )
+    mean, std = normalize.constants(images)
     ball = epsilon / GREY_LEVELS / std
     black, white = -mean / std, (1 - mean) / std
     stride = ball if steps == 1 else max(epsilon / steps, min(1.0, epsilon)) / GREY_LEVELS / std

@@ -107,6 +107,7 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
     if not logits.isfinite().all():
         raise NonFiniteError("the model's logits are not all finite numbers: there is nothing to score.")
     logits = logits.double()
+    calibration = measure_calibration(logits, labels)
     support = torch.bincount(labels, minlength=num_classes).tolist()
     recalls = multiclass_recall(logits, labels, num_classes=num_classes, average="none").tolist()
     present = [recall for recall, count in zip(recalls, support, strict=True) if count]
@@ -119,8 +120,8 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
         top5_accuracy=top5,
         macro_f1=float(multiclass_f1_score(logits, labels, num_classes=num_classes, average="macro")),
         balanced_accuracy=math.fsum(present) / len(present),
-        nll=float(F.cross_entropy(logits, labels)),
-        calibration=measure_calibration(logits, labels),
+        nll=calibration.nll,
+        calibration=calibration,
         class_accuracy={name: recalls[i] if support[i] else None for i, name in enumerate(class_names)},
         class_support={name: support[i] for i, name in enumerate(class_names)},
     )

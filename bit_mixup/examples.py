@@ -113,13 +113,16 @@ class TrainingStream:
 
         (An exception raised in a worker process would reach the user wrapped in a traceback of that process.)
         """
-        indices = [self.row(position) for position in positions]
+        return self.load(positions, [self.row(position) for position in positions], [self.seed] * len(positions))
+
+    def load(self, positions: Sequence[int], indices: Sequence[int], seeds: Sequence[int]) -> Batch | DataError:
+        """The same of any indices into the part, cropped as some seeds say at these positions."""
         try:
-            pictures = zip(positions, self.part.read(indices), strict=True)
-            images = [self.view.train(picture, seed=self.seed, position=position) for position, picture in pictures]
+            pictures = zip(positions, self.part.read(indices), seeds, strict=True)
+            images = [self.view.train(picture, seed=seed, position=position) for position, picture, seed in pictures]
         except DataError as error:
             return error
-        return np.stack(images), self.part.labels[indices]
+        return np.stack(images), self.part.labels[list(indices)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,22 +150,14 @@ class PartneredStream:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
         """Pictures (2 N, 3, crop, crop) and labels (2 N,): the examples, and behind them their partners."""
-        part, seed = self.stream.part, self.stream.seed
         own = self.stream.__getitems__(positions)
         if isinstance(own, DataError):
             return own
-        indices = [self.partner(position) for position in positions]
-        try:
-            pictures = list(zip(positions, part.read(indices), strict=True))
-        except DataError as error:
-            return error
-        views = [
-            self.stream.view.train(
-                picture, seed=int(generator(seed, Purpose.PARTNER_VIEW, position).integers(2**31)), position=position
-            )
-            for position, picture in pictures
-        ]
-        return np.concatenate([own[0], np.stack(views)]), np.concatenate([own[1], part.labels[indices]])
+        seeds = [int(generator(self.stream.seed, Purpose.PARTNER_VIEW, position).integers(2**31)) for position in positions]
+        partners = self.stream.load(positions, [self.partner(position) for position in positions], seeds)
+        if isinstance(partners, DataError):
+            return partners
+        return np.concatenate([own[0], partners[0]]), np.concatenate([own[1], partners[1]])
 
 
 def same_class_candidates(labels: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:

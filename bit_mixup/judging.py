@@ -20,6 +20,7 @@ from bit_mixup.models import Normalize, build_bit, forward
 from bit_mixup.planning import Plan
 from bit_mixup.prediction import predict_logits
 from bit_mixup.sampling import Purpose, generator
+from bit_mixup.storage import plain_values
 from bit_mixup.unmixing import MixupRecord, RuleChoice, choose_rule, predict_by_rule
 
 DIAGNOSED = 256  # examples that diagnostics look at
@@ -111,11 +112,12 @@ def judge(plan: Plan, model: ResNetV2, record: MixupRecord, accelerator: Acceler
     if plan.corruption is not None:
         predictions = _logits(plan, model, data.train, accelerator, workers).argmax(1).numpy()
         memorised = memorisation(predictions, plan.corruption)
+    raw = score(data.test, test[0])
     return Judgement(
         choice=choice,
         logits=test[0],
-        report=score(data.test, predicted(test)),
-        raw=score(data.test, test[0]),
+        report=raw if choice.rule == "raw" else score(data.test, predicted(test)),
+        raw=raw,
         validation=score(data.validation, predicted(held_out)) if held_out and data.validation else None,
         memorisation=memorised,
         best_and_last=_best_and_last(plan) if accelerator.is_main_process else None,
@@ -196,7 +198,7 @@ def _diagnose(plan: Plan, model: ResNetV2) -> dict[str, Any]:
         "jacobian_norm": float(jacobian_norms(model, images, seed=seed, batch_size=batch_size).mean()),
         "adversarial": attacked(None),
         "transferred": attacked(source) | {"from": plan.config.attack_from} if source else None,
-        "loss_parts": parts.as_dict() | {"alpha": str(alpha) if alpha == float("inf") else alpha},
+        "loss_parts": parts.as_dict() | plain_values({"alpha": alpha}),
     }
 
 

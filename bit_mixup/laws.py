@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bit_mixup.errors import ConfigError
 from bit_mixup.hyperrule import LamLaw
+from bit_mixup.storage import plain_values
 from bit_mixup.theory import check_alpha, mixing_moments, total_smoothing
 
 Mixed = Literal["both", "inputs", "labels"]
@@ -145,6 +146,16 @@ class TrainingLaw:
         return self.form != "exact" or (self.label_smoothing > 0 and self.smooth_toward == "frequencies")
 
     @property
+    def time_factor(self) -> int:
+        """How many times as long as one of mixup a step takes."""
+        return APPROXIMATE_TIME if self.form == "approximate" else 1
+
+    @property
+    def memory_factor(self) -> int:
+        """How many times the activations of mixup a step holds."""
+        return APPROXIMATE_MEMORY if self.form == "approximate" else 1
+
+    @property
     def probability(self) -> float:
         """Share of the steps that mix."""
         return 1 - self.cool_down if self.alpha else 0.0
@@ -171,7 +182,7 @@ class TrainingLaw:
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {name: str(value) if value == math.inf else value for name, value in asdict(self).items()}
+        return plain_values(asdict(self))
 
     def as_text(self) -> str:
         """The law in a few words."""
@@ -208,8 +219,8 @@ class TrainingLaw:
             )
         if self.form == "approximate":
             notes.append(
-                f"NOTE: experimental, for study: a step takes about {APPROXIMATE_TIME} times as long as one of mixup, and "
-                f"{APPROXIMATE_MEMORY} times the memory of its activations"
+                f"NOTE: experimental, for study: a step takes about {self.time_factor} times as long as one of mixup, and "
+                f"{self.memory_factor} times the memory of its activations"
             )
         elif self.form == "modified":
             notes.append("NOTE: experimental, for study: mixup's shrinkage without its noise")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bit_mixup.expansion import DataMeans, quadratic_term, shrink
 from bit_mixup.laws import TrainingLaw
-from bit_mixup.mixup import Place, draw_mixing
+from bit_mixup.mixup import Place, choose_partners, draw_mixing
 from bit_mixup.models import Change, Normalize, forward
 from bit_mixup.objectives import Objective
 from bit_mixup.sampling import Purpose, generator
@@ -82,8 +82,7 @@ def _approximate_loss(
 ) -> tuple[Tensor, Tensor]:
     """Approximate mixup: the loss on the modified data and the quadratic term of its noise. It has no known least value."""
     moments = mixing_moments(law.alpha)
-    partners = draw_mixing(law, place, images.device).partners
-    assert partners is not None
+    partners = choose_partners(place.start, place.groups, seed=place.seed).to(images.device)
 
     def network(inputs: Tensor) -> Tensor:
         return forward(model, inputs, change_features=dropout)
@@ -112,7 +111,7 @@ def _add_noise(images: Tensor, law: TrainingLaw, place: Place, model: ResNetV2) 
         return images
     positions = range(place.start, place.start + place.count)
     draws = [torch.from_numpy(generator(place.seed, Purpose.NOISE, p).standard_normal(images.shape[1:])) for p in positions]
-    std = torch.tensor(Normalize.of(model).std, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+    _, std = Normalize.of(model).constants(images)
     return images + torch.stack(draws).to(images) * (law.input_noise / std)
 
 

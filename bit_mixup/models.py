@@ -246,8 +246,14 @@ class Normalize:
 
     def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, 3, H, W) uint8 as (N, 3, H, W) of `dtype`, by the same operations as torchvision's ToTensor and Normalize."""
-        mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return images.to(dtype).div_(255).sub_(mean).div_(std)
+        pictures = images.to(dtype)
+        mean, std = self.constants(pictures)
+        return pictures.div_(255).sub_(mean).div_(std)
+
+    def constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (3, 1, 1) each, on the device and in the type of another tensor."""
+        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return mean, std
 
 
 def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], view: View, std_eps: float) -> None:

@@ -14,9 +14,10 @@ from bit_mixup.environment import Environment, read_environment
 from bit_mixup.errors import ConfigError
 from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_AREA, rate_table, size_class
 from bit_mixup.images import View
-from bit_mixup.laws import APPROXIMATE_MEMORY, TrainingLaw, check_rule
+from bit_mixup.laws import TrainingLaw, check_rule
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
+from bit_mixup.storage import plain_values
 from bit_mixup.theory import best_train_accuracy, loss_floor
 from bit_mixup.weights import BUNDLED_FOLDER, Weights, fetch, find_weights, size_text
 
@@ -75,15 +76,13 @@ class Plan:
         parameters = 4 * self.weights.shape.parameter_count(self.data.num_classes)
         copies = 6 if self.environment.num_processes > 1 else 4  # two more while gradients are summed over processes
         half = 1 if self.environment.precision == "fp32" else 2
-        activations = self.weights.shape.activation_bytes(self.resolution.hyper.crop_size) // half
-        activations *= APPROXIMATE_MEMORY if self.law.form == "approximate" else 1
+        activations = self.law.memory_factor * self.weights.shape.activation_bytes(self.resolution.hyper.crop_size) // half
         return copies * parameters + activations * self.largest_micro_batch
 
     def resolved(self) -> dict[str, Any]:
         """What has a say in the result, as plain values."""
-        hyper = {name: str(value) if value == float("inf") else value for name, value in asdict(self.resolution.hyper).items()}
         return {
-            "hyper": hyper,
+            "hyper": plain_values(asdict(self.resolution.hyper)),
             "reasons": self.resolution.reasons,
             "law": self.law.as_json(),
             "corrupt_labels": self.config.corrupt_labels,
@@ -328,10 +327,9 @@ def _list(names: Sequence[str] | None) -> str:
 
 def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_processes: int) -> list[list[MicroBatch]]:
     hyper = resolution.hyper
-    groups = config.law(hyper.mixup_alpha).groups
-    group_size = GROUP_SIZE if groups else 1
+    law = config.law(hyper.mixup_alpha)
+    group_size = GROUP_SIZE if law.groups else 1
     micro_batch = config.micro_batch
     if micro_batch is None:
-        factor = APPROXIMATE_MEMORY if config.mixup_form == "approximate" else 1
-        micro_batch = fitting_micro_batch(factor * weights.shape.activation_bytes(hyper.crop_size), mixed=groups)
+        micro_batch = fitting_micro_batch(law.memory_factor * weights.shape.activation_bytes(hyper.crop_size), mixed=law.groups)
     return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=group_size)

@@ -6,7 +6,6 @@ the user's own settings.
 """
 
 import io
-import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bit_mixup.errors import ConfigError
-from bit_mixup.storage import TEMPORARY_PREFIX
+from bit_mixup.storage import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,14 +134,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in METADATA:
         raise ConfigError(f"{path} is no name for a figure; it must end in .png or .svg.")
-    content = _rendered(figure, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_bytes(path, _rendered(figure, kind))
 
 
 def figure_svg(figure: "Figure") -> str:

@@ -37,7 +37,7 @@ from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, S
 from bit_mixup.prediction import predict_logits
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
-from bit_mixup.storage import read_json, whole_folder, write_json, write_text
+from bit_mixup.storage import plain_values, read_json, whole_folder, write_json, write_text
 from bit_mixup.training import train
 from bit_mixup.upstream import Upstream, load_upstream
 from bit_mixup.weights import Weights, fetch, find_network, find_weights, size_text
@@ -82,7 +82,7 @@ class PretrainPlan:
         """What has a say in the result, as plain values."""
         return {
             "task": "distill" if isinstance(self.config, DistillConfig) else "pretrain",
-            "hyper": {name: str(value) if value == float("inf") else value for name, value in asdict(self.hyper).items()},
+            "hyper": plain_values(asdict(self.hyper)),
             "view": asdict(self.view),
             "precision": self.environment.precision,
             "data": {

@@ -5,9 +5,10 @@ the place holds the old content or the new, never a part.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ def _flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically, making its folder if need be."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
@@ -40,6 +46,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically. Keys keep their order; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON can hold them: paths as text, and infinity, which it lacks, as "inf"."""
+    return {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in values.items()}
 
 
 def read_json(path: Path) -> Any:

@@ -119,18 +119,14 @@ def loss_floor(alpha: float, class_counts: Sequence[int]) -> float:
     Raises:
         ConfigError: there are fewer than two examples.
     """
-    _check_counts(class_counts)
     return _share_of_two_classes(class_counts) * label_entropy(alpha)
-
-
-def _check_counts(class_counts: Sequence[int]) -> None:
-    if sum(class_counts) < 2:
-        raise ConfigError(f"mixup needs two examples or more, but the counts of classes sum to {sum(class_counts)}.")
 
 
 def _share_of_two_classes(class_counts: Sequence[int]) -> float:
     """Share of the pairs of different rows that are of two classes."""
     total = sum(class_counts)
+    if total < 2:
+        raise ConfigError(f"mixup needs two examples or more, but the counts of classes sum to {total}.")
     return 1 - sum(count * (count - 1) for count in class_counts) / (total * (total - 1))
 
 
@@ -155,5 +151,4 @@ def best_train_accuracy(alpha: float, class_counts: Sequence[int]) -> float:
     Raises:
         ConfigError: there are fewer than two examples.
     """
-    _check_counts(class_counts)
     return 1 - _share_of_two_classes(class_counts) * (1 - mixing_moments(alpha).theta_bar)

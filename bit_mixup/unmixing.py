@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bit_mixup.calibration import TemperatureFit, fit_temperature
+from bit_mixup.calibration import cross_fitted, fit_temperature
 from bit_mixup.errors import CheckpointError, ConfigError
 from bit_mixup.expansion import shrink
 from bit_mixup.laws import AskedRule, Rule, TrainingLaw, check_rule
 from bit_mixup.sampling import Purpose, generator
-from bit_mixup.storage import read_json, write_json
+from bit_mixup.storage import plain_values, read_json, write_json
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 LEAST_PROBABILITY = 1e-6  # what "unshrink" would make smaller, or negative, is set to this
@@ -88,8 +88,8 @@ class MixupRecord:
         """Writes `mixup.json`, and `mean_image.safetensors` where there is one."""
         numbers = {name: getattr(self, name) for name in ("law", "probability", "theta_bar", "input_shrink", "label_shrink")}
         lists = {name: getattr(self, name).double().tolist() for name in ("label_centre", "class_frequencies")}
-        alpha = str(self.alpha) if self.alpha == float("inf") else self.alpha
-        write_json(folder / RECORD, {**numbers, "alpha": alpha, **lists, "mean_image": self.mean_image is not None})
+        alpha = plain_values({"alpha": self.alpha})
+        write_json(folder / RECORD, {**numbers, **alpha, **lists, "mean_image": self.mean_image is not None})
         if self.mean_image is not None:
             safetensors.torch.save_file({"mean_image": self.mean_image.float().contiguous()}, folder / MEAN_IMAGE)
 
@@ -255,16 +255,11 @@ def choose_rule(
         why = why.removesuffix(".")
     return RuleChoice(
         rule=rule,
-        temperature=_usable(fit) if rule == "fitted" else 1.0,
+        temperature=fit.usable if rule == "fitted" else 1.0,
         why=why,
         held_out_nll=scores,
         num_held_out=len(labels),
     )
-
-
-def _usable(fit: TemperatureFit) -> float:
-    """The temperature of a fit, 1 where the examples could not say which."""
-    return 1.0 if fit.bounded else fit.temperature
 
 
 def _cross_fitted_nll(logits: Tensor, labels: Tensor, seed: int) -> float:
@@ -272,9 +267,5 @@ def _cross_fitted_nll(logits: Tensor, labels: Tensor, seed: int) -> float:
     if len(labels) < 2:
         return float(F.cross_entropy(logits, labels))
     order = torch.from_numpy(generator(seed, Purpose.CALIBRATION, 1).permutation(len(labels)))
-    halves = order.chunk(2)
-    total = 0.0
-    for own, other in (halves, halves[::-1]):
-        temperature = _usable(fit_temperature(logits[other], labels[other]))
-        total += float(F.cross_entropy(logits[own] / temperature, labels[own], reduction="sum"))
-    return total / len(labels)
+    first, second = order.chunk(2)
+    return float(F.cross_entropy(cross_fitted(logits, labels, first, second), labels))

@@ -28,7 +28,7 @@ from bit_mixup.launching import (
     start_tracker,
     torch_threads,
 )
-from bit_mixup.laws import APPROXIMATE_TIME, NEIGHBOURS
+from bit_mixup.laws import NEIGHBOURS
 from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, Normalize, build_bit, save_model, std_eps_effect
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.plots import reliability_diagram, save_figure
@@ -158,8 +158,7 @@ def _training_means(plan: Plan, model: ResNetV2) -> tuple[MixupRecord, DataMeans
     if not law.needs_means and law.input_shrink == 1:
         return MixupRecord.of(law, class_frequencies=frequencies, mean_image=None), None
     image = torch.from_numpy(mean_image(part, plan.view, seed=plan.config.seed))
-    normalize = Normalize.of(model)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (normalize.mean, normalize.std))
+    mean, std = Normalize.of(model).constants(image)
     means = DataMeans(image=(image - mean) / std, label=frequencies)
     return MixupRecord.of(law, class_frequencies=frequencies, mean_image=image), means
 
@@ -228,4 +227,4 @@ def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
             loss.backward()
             loss.item()  # waits for the device
         seconds = (time.perf_counter() - start) / timed_steps
-    return seconds * len(plan.cuts[0]) * hyper.steps * (APPROXIMATE_TIME if plan.law.form == "approximate" else 1)
+    return seconds * len(plan.cuts[0]) * hyper.steps * plan.law.time_factor
