@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
@@ -35,8 +34,8 @@ from scipy import stats
 from torch import Tensor
 
 import bit_mixup
-from bit_mixup.calibration import fit_temperature, measure_calibration, reliability_bins
-from bit_mixup.diagnostics import adversarial_errors, in_between, jacobian_norms
+from bit_mixup import calibration
+from bit_mixup.calibration import measure_calibration, reliability_bins
 from bit_mixup.environment import versions
 from bit_mixup.errors import BitMixupError
 from bit_mixup.examples import EvaluationView
@@ -44,7 +43,6 @@ from bit_mixup.laws import Rule
 from bit_mixup.models import Normalize, save_model
 from bit_mixup.plots import reliability_diagram
 from bit_mixup.prediction import predict_logits
-from bit_mixup.sampling import Purpose, generator
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 from bit_mixup.theory import mixing_moments
 from bit_mixup.unmixing import predict_by_rule
@@ -53,13 +51,11 @@ from bit_mixup.weights import find_weights
 LOGITS = "logits.safetensors"
 ALPHAS = (0.1, 0.2, 0.4, 1.0, 8.0, math.inf)
 CHOSEN = 1.0  # the alpha of the comparisons that need one
-PROBED = 256  # test examples of the diagnostics
 DIAGNOSED = {
     "erm": "ERM",
     f"mixup-{CHOSEN:g}": f"mixup, alpha {CHOSEN:g}",
     "approximate": "approximate mixup",
 }  # their first seed
-LAMS = tuple(index / 12 for index in range(13))
 
 Array = npt.NDArray[np.float64]
 
@@ -166,20 +162,25 @@ def options_of(asked: argparse.Namespace, variant: Variant, seed: int) -> dict[s
         "overwrite": True,
     }
     options = base | variant.options
+    if seed == 0 and variant.name in DIAGNOSED:
+        options["diagnostics"] = True
+        source = asked.folder / "source"
+        if variant.name != "erm" and (source / "config.json").is_file():
+            options["attack_from"] = source
     if options["model"] in ("half", "whole"):
         options["model"] = str(starting_weights(asked.folder, options["model"], seed))
     return options
 
 
 def run_one(asked: argparse.Namespace, variant: Variant, seed: int) -> None:
-    """One run, its logits on the test split by the rules that undo its shrinkage, and what is measured on the model."""
+    """One run, and its logits on the test split by the rules that undo its shrinkage."""
     folder = asked.folder / "runs" / f"{variant.name}-{seed}"
     began = time.perf_counter()
     result = bit_mixup.transfer(**options_of(asked, variant, seed))
     model, data, record = result.model, result.plan.data, result.record
-    normalize = Normalize.of(model)
     values = {"raw": result.logits.double()}
     if variant.name in {f"mixup-{alpha:g}" for alpha in ALPHAS}:
+        normalize = Normalize.of(model)
         change = record.shrink_input(normalize.mean, normalize.std)
         assert change is not None
         view = EvaluationView(part=data.test, view=result.plan.view)
@@ -188,8 +189,6 @@ def run_one(asked: argparse.Namespace, variant: Variant, seed: int) -> None:
         rules: tuple[Rule, ...] = ("eq15", "temperature", "unshrink")
         values |= {rule: predict_by_rule(rule, values["raw"], shrunk, record) for rule in rules}
     facts: dict[str, Any] = {"variant": variant.name, "seed": seed, "threads": result.plan.environment.threads}
-    if seed == 0 and variant.name in DIAGNOSED:
-        facts["diagnosis"] = diagnose(asked, variant, model, result)
     facts["seconds"] = time.perf_counter() - began
     if variant.name == "erm" and seed == 0:  # before the scores, which say that the run is done
         shutil.copytree(folder / "model", asked.folder / "source", dirs_exist_ok=True)
@@ -199,25 +198,6 @@ def run_one(asked: argparse.Namespace, variant: Variant, seed: int) -> None:
         write_json(scores / "facts.json", facts)
     shutil.rmtree(folder / "model", ignore_errors=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def diagnose(asked: argparse.Namespace, variant: Variant, model: Any, result: bit_mixup.TransferResult) -> dict[str, Any]:
-    """Behaviour between and against test examples."""
-    test = result.plan.data.test
-    part = test.subset(np.sort(generator(0, Purpose.DIAGNOSTICS, 1).permutation(len(test))[:PROBED]))
-    normalize = Normalize.of(model)
-    pictures, labels = EvaluationView(part=part, view=result.plan.view).__getitems__(range(len(part)))  # type: ignore[misc]
-    device = next(model.parameters()).device
-    images, wanted = normalize(torch.from_numpy(pictures).to(device)), torch.from_numpy(labels).to(device)
-    found = {
-        "in_between": in_between(model, images, wanted, lams=LAMS).as_dict() if len(wanted.unique()) > 1 else None,
-        "jacobian_norm": float(jacobian_norms(model, images).mean()),
-        "white": adversarial_errors(model, images, wanted, normalize=normalize).as_dict(),
-    }
-    if variant.name != "erm" and (asked.folder / "source" / "config.json").is_file():
-        source = bit_mixup.load_bit(str(asked.folder / "source"), keep_head=True).to(device)
-        found["transferred"] = adversarial_errors(model, images, wanted, normalize=normalize, source=source).as_dict()
-    return found
 
 
 def run_all(asked: argparse.Namespace, chosen: Sequence[Variant]) -> None:
@@ -279,11 +259,14 @@ def load_runs(folder: Path, variant: Variant) -> Runs:
 
 def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits divided by a temperature fitted on the other half of the examples (even and odd rows)."""
-    scaled = logits.clone()
-    for half in (0, 1):
-        fit = fit_temperature(logits[1 - half :: 2], labels[1 - half :: 2])
-        scaled[half::2] /= 1.0 if fit.bounded else fit.temperature  # a fit to the end of its range says nothing
-    return scaled
+    rows = torch.arange(len(labels))
+    return calibration.cross_fitted(logits, labels, rows[::2], rows[1::2])
+
+
+def read_diagnosis(folder: Path, name: str) -> dict[str, Any]:
+    """Behaviour between and against test examples of a variant's first run."""
+    found: dict[str, Any] = read_json(folder / "runs" / f"{name}-0" / "report.json")["diagnosis"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -645,7 +628,7 @@ def plot_in_between(folder: Path) -> tuple[Figure, str]:
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in DIAGNOSED.items():
-        found = read_json(folder / "runs" / f"{name}-0" / "scores" / "facts.json")["diagnosis"]["in_between"]
+        found = read_diagnosis(folder, name)["in_between"]
         if found is None:
             return figure, "All sampled test examples are of one class: nothing lies between two."
         left.plot(found["lams"], found["miss_rate"], label=label)
@@ -660,21 +643,24 @@ def attack_rows(folder: Path) -> list[dict[str, str]]:
     """Errors under attack of the diagnosed runs, seed 0."""
     rows = []
     for name, label in DIAGNOSED.items():
-        found = read_json(folder / "runs" / f"{name}-0" / "scores" / "facts.json")["diagnosis"]
-        row = {"label": label, "clean": f"{found['white']['clean']:.3f}", "jacobian": f"{found['jacobian_norm']:.3f}"}
-        row |= {"fgsm": f"{found['white']['fgsm']:.3f}", "iterative": f"{found['white']['iterative_fgsm']:.3f}"}
-        other = found.get("transferred")
-        row |= {
-            "transferred": f"{other['fgsm']:.3f} / {other['iterative_fgsm']:.3f}" if other else "-",
-            "caveat": found["white"]["caveat"],
-        }
-        rows.append(row)
+        found = read_diagnosis(folder, name)
+        own, other = found["adversarial"], found["transferred"]
+        rows.append(
+            {
+                "label": label,
+                "clean": f"{own['clean']:.3f}",
+                "fgsm": f"{own['fgsm']:.3f}",
+                "iterative": f"{own['iterative_fgsm']:.3f}",
+                "transferred": f"{other['fgsm']:.3f} / {other['iterative_fgsm']:.3f}" if other else "-",
+                "jacobian": f"{found['jacobian_norm']:.3f}",
+                "caveat": own["caveat"],
+            }
+        )
     return rows
 
 
 def write_report(asked: argparse.Namespace, chosen: Sequence[Variant]) -> Path:
     """Writes report.html and results.json from the finished runs."""
-    matplotlib.use("Agg")
     runs = {variant.name: load_runs(asked.folder, variant) for variant in chosen}
     answered = answers(runs)
     rows, rules = table_rows(runs), rule_rows(runs)

@@ -59,8 +59,9 @@ def test_runs_are_those_of_transfer_and_are_not_repeated(pictures: Path, tiny_bi
     torch.testing.assert_close(found["raw"], direct.logits.double(), rtol=0, atol=0)
     torch.testing.assert_close(found["temperature"], direct.logits.double() / 0.75, rtol=1e-12, atol=0)
     assert float((found["eq15"] - found["temperature"]).abs().max()) > 0
-    diagnosis = json.loads((folder / "runs" / "mixup-1-0" / "scores" / "facts.json").read_text())["diagnosis"]
-    assert set(diagnosis) == {"in_between", "jacobian_norm", "white", "transferred"}
+    diagnosis = json.loads((folder / "runs" / "mixup-1-0" / "report.json").read_text())["diagnosis"]
+    assert set(diagnosis) == {"examples", "in_between", "jacobian_norm", "adversarial", "transferred", "loss_parts"}
+    assert diagnosis["transferred"]["from"] == str(folder / "source"), "pictures made to fool ERM of the same seed"
     assert not list((folder / "runs").glob("*/model")), "weights of finished runs are not kept"
 
     stamps = {name: (folder / "runs" / name / "report.json").stat().st_mtime_ns for name in names}
@@ -180,13 +181,12 @@ def write_runs(folder: Path, chosen: list[study.Variant]) -> dict[str, dict[str,
         safetensors.torch.save_file({"labels": labels}, place / "scores" / "labels.safetensors")
         attacked = {"clean": 0.1, "fgsm": 0.5, "iterative_fgsm": 0.75, "caveat": "No proof of anything."}
         between = {"lams": [0.0, 0.5, 1.0], "miss_rate": [0.1, 0.3, 0.1], "gradient_norm": [1.0, 2.0, 1.0], "pairs": 30}
-        diagnosis = {"in_between": between, "jacobian_norm": 2.5, "white": attacked, "transferred": attacked}
+        diagnosis = {"in_between": between, "jacobian_norm": 2.5, "adversarial": attacked, "transferred": attacked}
         facts: dict[str, Any] = {"variant": variant.name, "seed": seed, "threads": 1, "seconds": 60.0}
-        facts |= {"diagnosis": diagnosis} if seed == 0 and variant.name in study.DIAGNOSED else {}
         (place / "scores" / "facts.json").write_text(json.dumps(facts))
         error = 0.01 * number
         memorised = {"error_on_real": error, "error_on_corrupted": 1 - error}
-        report = {"best_test_error": error, "last_test_error": 2 * error, "memorisation": memorised}
+        report = {"best_test_error": error, "last_test_error": 2 * error, "memorisation": memorised, "diagnosis": diagnosis}
         (place / "report.json").write_text(json.dumps(report))
         written[f"{variant.name}-{seed}"] = {"logits": raw, "labels": labels}
     return written
