@@ -15,14 +15,14 @@ from torch.func import jvp
 
 from bit_mixup.data import load_image_dataset
 from bit_mixup.errors import ConfigError
-from bit_mixup.examples import PartneredStream, TrainingStream, mean_image, same_class_candidates
+from bit_mixup.examples import EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
 from bit_mixup.expansion import DataMeans
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
 from bit_mixup.laws import TrainingLaw
 from bit_mixup.losses import training_loss
 from bit_mixup.mixup import Place, choose_partners, draw_lam
-from bit_mixup.models import forward, load_bit
+from bit_mixup.models import Normalize, forward, load_bit
 from bit_mixup.objectives import SoftmaxCrossEntropy
 from bit_mixup.prediction import nearest_neighbours, predict_features
 from bit_mixup.runs import RunFolder
@@ -262,9 +262,6 @@ def test_nearest_neighbours_against_a_loop() -> None:
 
 
 def test_features_are_those_before_the_head(tiny_bit: Path, stream: TrainingStream) -> None:
-    from bit_mixup.examples import EvaluationView
-    from bit_mixup.models import Normalize
-
     model = load_bit(str(tiny_bit), keep_head=True)
     view = EvaluationView(part=stream.part, view=VIEW)
     features = predict_features(model, view, Accelerator(cpu=True), batch_size=16)
