@@ -188,10 +188,10 @@ class TrainingLaw:
         """The law in a few words."""
         parts = []
         if self.alpha:
-            draws_alike = self.groups and self.form == "exact"
             names = {"exact": "mixup", "modified": "ERM on the modified data of mixup", "approximate": "approximate mixup"}
             parts.append(
-                f"{names[self.form]}, alpha {self.alpha:g}" + (f", one weight for each {self.lam}" if draws_alike else "")
+                f"{names[self.form]}, alpha {self.alpha:g}"
+                + (f", one weight for each {self.lam}" if self.form == "exact" else "")
             )
             if self.partner != "all":
                 where = "of the same class" if self.partner == "same_class" else f"among the {NEIGHBOURS} nearest neighbours"
