@@ -79,6 +79,27 @@ class Architecture:
         floats += 2 * self.num_features * (edge * edge + 1)
         return 4 * floats
 
+    def training_bytes(
+        self, size: int, *, examples: int, num_classes: int, half: bool = False, num_processes: int = 1, activations: int = 1
+    ) -> int:
+        """Memory in bytes that a process takes to train on pictures of `size` x `size` pixels, beside the libraries.
+
+        Weights, gradients, momentum and standardised weights; saved activations, and a third as much again for the gradients
+        and the scratch space on the way back through them; 32 MB of compiled kernels and the like. The third and the 32 MB are
+        measured on a CPU (tests/fault_worker.py).
+
+        Args:
+            size: edge in pixels.
+            examples: of the largest backward pass.
+            num_classes: of the head.
+            half: whether activations are held in 16 bits.
+            num_processes: several hold two more copies, while gradients are summed.
+            activations: how many times they are held.
+        """
+        copies = 6 if num_processes > 1 else 4
+        saved = activations * self.activation_bytes(size) // (2 if half else 1)
+        return 32_000_000 + copies * 4 * self.parameter_count(num_classes) + saved * examples * 4 // 3
+
     def overridden(self, model_args: Mapping[str, Any]) -> "Architecture":
         """The same with timm's `model_args` of a configuration file taken into account."""
         known = {

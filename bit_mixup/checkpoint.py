@@ -39,7 +39,15 @@ def save_checkpoint(
         optimizer: SGD over the model's parameters.
         scaler: state of the fp16 loss scale, numbers only.
         keep: how many checkpoints stay, at least 1.
+
+    Raises:
+        CheckpointError: it can not be written; those from before are whole.
     """
+    if not run.path.is_dir():
+        raise CheckpointError(
+            f"{run.path} is gone, with all checkpoints: somebody has removed the run's folder, or its disk. Training has stopped "
+            f"at step {step}. Bring it back and go on with --resume, or start anew."
+        )
     target = run.checkpoint(step)
     momentum = {
         name: optimizer.state[parameter]["momentum_buffer"]

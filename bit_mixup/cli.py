@@ -12,7 +12,7 @@ import tyro
 
 from bit_mixup.catalog import PUBLISHED
 from bit_mixup.config import Config, DistillConfig, PretrainConfig, TransferConfig
-from bit_mixup.errors import BitMixupError, ConfigError, did_you_mean
+from bit_mixup.errors import BitMixupError, ConfigError, Interrupted, did_you_mean
 from bit_mixup.weights import BUNDLED, find_weights, size_text
 
 _USAGE = """usage: bit-mixup COMMAND [OPTIONS]
@@ -29,7 +29,8 @@ Transfer a pretrained BiT to your pictures; the BiT-HyperRule chooses schedule, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. Exits with 2 and one line of explanation where it can not be done."""
+    """Runs one command. Exits with 2 and one line of explanation where it can not be done, and with 128 and the number of the
+    signal that stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"fine-tune": fine_tune_command, "plan": plan_command, "models": models_command}
     commands |= {"pretrain": pretrain_command, "distill": distill_command}
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands[arguments[0]](arguments[1:])
     except BitMixupError as error:
         raise SystemExit(_explain(error)) from error
+    except Interrupted as stop:
+        print(f"bit-mixup: {stop}", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from stop
 
 
 def _explain(error: BitMixupError) -> int:

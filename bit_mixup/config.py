@@ -69,8 +69,9 @@ class RunConfig:
     """Of random weights, shuffling, crops, mixing and splits."""
     precision: Precision | None = None
     """Of the forward and backward pass. None: what the Accelerate configuration says, else fp32. fp16 needs an accelerator."""
-    micro_batch: int | None = None
-    """Most examples of one backward pass; it changes rounding alone. None: what fits into 6 GiB, at least a group of mixup."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Most examples of one backward pass; it changes rounding alone. None: what fits into 6 GiB, at least a group of mixup. auto:
+    the most that fit into memory, tried before training."""
     num_workers: int | None = None
     """Processes that decode pictures. None: 0 on the CPU, else up to 8."""
     threads: int | None = None
@@ -97,7 +98,7 @@ class RunConfig:
             check_value(field.name, getattr(self, field.name), hints[field.name])
         for name in ("log_every", "save_every", "keep_checkpoints", "micro_batch", "steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         for name in ("seed", "few_shot_seed", "num_workers"):
             value = getattr(self, name, None)
@@ -105,6 +106,11 @@ class RunConfig:
                 raise ConfigError(f"{name} is {value}; it must be 0 or a positive whole number.")
         if self.std_eps is not None and not (math.isfinite(self.std_eps) and self.std_eps > 0):
             raise ConfigError(f"std_eps is {self.std_eps}; it must be a small positive number, such as 1e-8 or 1e-10.")
+
+    @property
+    def micro_batch_note(self) -> str:
+        """What a plan says behind the size of its micro-batches."""
+        return " (auto: tried before training)" if self.micro_batch == "auto" else ""
 
     def as_json(self) -> dict[str, Any]:
         """As plain values for `config.json`; `from_json` reads it back. What belongs to one start only is left out."""

@@ -40,6 +40,7 @@ class Environment:
         precision_from: who decided it.
         threads: of torch in each process, for work on the CPU.
         notes: what the launcher has set and how it is met.
+        local_processes: that share this machine.
     """
 
     num_processes: int
@@ -47,6 +48,7 @@ class Environment:
     precision_from: str
     threads: int
     notes: tuple[str, ...]
+    local_processes: int = 1
 
 
 def read_environment(
@@ -106,6 +108,7 @@ def read_environment(
         precision_from="asked" if precision else ("Accelerate configuration" if launched != "no" else "default"),
         threads=threads or max(1, available_cores() // local),
         notes=tuple(notes),
+        local_processes=local,
     )
 
 

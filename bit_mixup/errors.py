@@ -5,13 +5,19 @@ BitMixupError
 ├── DataError        a data set, a file or a row in it
 ├── WeightsError     a model name or a file of weights
 ├── CheckpointError  the folder of a run
+├── MemoryShortError the least that can be computed at a time does not fit into memory
 └── NonFiniteError   training met a loss or weight that is not a finite number
+
+and beside it, as KeyboardInterrupt is beside Exception,
+
+Interrupted          a signal asked the run to stop
 
 Each message names the culprit, says what was expected, and how to mend it. The doors (command line, recipes) print it as one
 line without a traceback and exit with status 2.
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -35,8 +41,34 @@ class CheckpointError(BitMixupError):
     """A run's folder can not be used, or its checkpoint belongs to another configuration."""
 
 
+class MemoryShortError(BitMixupError):
+    """Not even the smallest micro-batch, with activations computed twice, fits into memory."""
+
+
 class NonFiniteError(BitMixupError):
     """Training met a loss or a weight that is not a finite number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop.
+
+    Args:
+        number: of the signal.
+        message: what is left of the run and how it goes on.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """What shells say of a process that a signal has ended: 128 and the signal's number."""
+        return 128 + self.number
+
+    @property
+    def signal_name(self) -> str:
+        return signal.Signals(self.number).name
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bit_mixup.errors import ConfigError
 from bit_mixup.hyperrule import LamLaw
+from bit_mixup.sampling import GROUP_SIZE
 from bit_mixup.storage import plain_values
 from bit_mixup.theory import check_alpha, mixing_moments, total_smoothing
 
@@ -139,6 +140,11 @@ class TrainingLaw:
     def groups(self) -> bool:
         """Whether partners are found in the batch, so that groups of it must stay whole."""
         return self.alpha > 0 and self.partner == "all" and self.form != "modified"
+
+    @property
+    def group_size(self) -> int:
+        """Positions of a batch that stay together in one process and backward pass: a group of partners, or 1."""
+        return GROUP_SIZE if self.groups else 1
 
     @property
     def needs_means(self) -> bool:

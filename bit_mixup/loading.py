@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bit_mixup.interruption import ignore_signals
+
 
 class BatchSource(Protocol):
     """A map-style data set that is asked for a whole batch at a time."""
@@ -47,6 +49,7 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
+        worker_init_fn=ignore_signals,
     )
     for batch in loader:
         if isinstance(batch, Exception):

@@ -71,13 +71,16 @@ class Plan:
         """Examples of the largest backward pass of any process."""
         return max(cut.size for cuts in self.cuts for cut in cuts)
 
-    def memory_bytes(self) -> int:
-        """Estimate for each process: weights, gradients, momentum and standardised weights, and saved activations."""
-        parameters = 4 * self.weights.shape.parameter_count(self.data.num_classes)
-        copies = 6 if self.environment.num_processes > 1 else 4  # two more while gradients are summed over processes
-        half = 1 if self.environment.precision == "fp32" else 2
-        activations = self.law.memory_factor * self.weights.shape.activation_bytes(self.resolution.hyper.crop_size) // half
-        return copies * parameters + activations * self.largest_micro_batch
+    def memory_bytes(self, examples: int | None = None) -> int:
+        """Estimate in bytes for each process, for backward passes of some examples (None: as they are planned)."""
+        return self.weights.shape.training_bytes(
+            self.resolution.hyper.crop_size,
+            examples=examples or self.largest_micro_batch,
+            num_classes=self.data.num_classes,
+            half=self.environment.precision != "fp32",
+            num_processes=self.environment.num_processes,
+            activations=self.law.memory_factor,
+        )
 
     def resolved(self) -> dict[str, Any]:
         """What has a say in the result, as plain values."""
@@ -220,7 +223,7 @@ class Plan:
         epochs = hyper.steps * hyper.batch_size / len(self.data.train)
         return [
             f"{hyper.batch_size} examples a step{self._mark('batch_size')} = {processes} process(es) x {passes} micro-batch(es) "
-            f"of up to {self.largest_micro_batch}; {epochs:.3g} passes over the training set",
+            f"of up to {self.largest_micro_batch}{self.config.micro_batch_note}; {epochs:.3g} passes over the training set",
         ]
 
     def _machine_lines(self) -> list[str]:
@@ -266,6 +269,8 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         validation_fraction=config.validation_fraction,
         seed=config.seed,
     )
+    if to_be_run:
+        run.check_space(weights.shape.parameter_count(data.num_classes), keep_checkpoints=config.keep_checkpoints)
     corruption = None
     if config.corrupt_labels:
         corruption = corrupt_labels(data.train.labels, config.corrupt_labels, num_classes=data.num_classes, seed=config.seed)
@@ -328,8 +333,7 @@ def _list(names: Sequence[str] | None) -> str:
 def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_processes: int) -> list[list[MicroBatch]]:
     hyper = resolution.hyper
     law = config.law(hyper.mixup_alpha)
-    group_size = GROUP_SIZE if law.groups else 1
     micro_batch = config.micro_batch
-    if micro_batch is None:
+    if not isinstance(micro_batch, int):  # auto begins here, too: it is settled where there is a device to try
         micro_batch = fitting_micro_batch(law.memory_factor * weights.shape.activation_bytes(hyper.crop_size), mixed=law.groups)
-    return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=group_size)
+    return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=law.group_size)

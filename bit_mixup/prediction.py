@@ -10,8 +10,10 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 from tqdm import tqdm
 
+from bit_mixup.errors import MemoryShortError
 from bit_mixup.examples import EvaluationView
 from bit_mixup.loading import load_batches
+from bit_mixup.memory import avoid_broken_primitives, is_out_of_memory, release_memory
 from bit_mixup.models import Normalize, forward
 
 
@@ -32,7 +34,7 @@ def predict_logits(
         model: is moved to the device and set to evaluation mode.
         view: the examples.
         accelerator: of this process.
-        batch_size: of a forward pass.
+        batch_size: of a forward pass, at most: less where memory does not do.
         num_workers: processes that decode pictures.
         change: applied to normalised pictures (n, 3, H, W) before the model sees them.
     """
@@ -74,12 +76,29 @@ def _predict(
     batches = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
     for images, _ in tqdm(batches, total=len(lists), desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            parts.append(outputs_of(normalize(images, dtype)).float())
+            parts.append(_in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
     outputs = torch.cat(parts)
     longest = len(shares[0])
     padded = torch.cat([outputs, outputs.new_zeros(longest - len(outputs), width)])
     gathered = accelerator.gather(padded).cpu().split(longest) if longest else [padded.cpu()]
     return torch.cat([rows[: len(share)] for rows, share in zip(gathered, shares, strict=False)])
+
+
+def _in_pieces_that_fit(outputs_of: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Outputs of pictures (n, 3, H, W), all at a time; in halves where memory does not do, down to one by one."""
+    try:
+        return outputs_of(images)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        avoid_broken_primitives(error)
+    if len(images) == 1:
+        raise MemoryShortError(
+            f"a picture of {images.shape[2]} x {images.shape[3]} pixels alone does not fit into memory with this model. Lower "
+            "crop_size, choose a smaller model, or use --precision bf16."
+        )
+    release_memory()
+    return torch.cat([_in_pieces_that_fit(outputs_of, half) for half in images.tensor_split(2)])
 
 
 def nearest_neighbours(features: Tensor, count: int, *, chunk: int = 1024) -> list[npt.NDArray[np.int64]]:

@@ -23,6 +23,7 @@ from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, e
 from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters, rate_table
 from bit_mixup.images import View
+from bit_mixup.interruption import Interruption
 from bit_mixup.launching import (
     default_workers,
     join_processes,
@@ -32,13 +33,14 @@ from bit_mixup.launching import (
     torch_threads,
 )
 from bit_mixup.laws import TrainingLaw
+from bit_mixup.memory import memory_explained
 from bit_mixup.models import TIMM_STD_EPS, build_bit, create_bit, save_model
 from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from bit_mixup.prediction import predict_logits
 from bit_mixup.runs import RunFolder, default_folder
-from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
+from bit_mixup.sampling import MicroBatch, cut_batch, fitting_micro_batch
 from bit_mixup.storage import plain_values, read_json, whole_folder, write_json, write_text
-from bit_mixup.training import train
+from bit_mixup.training import fit_micro_batch, train
 from bit_mixup.upstream import Upstream, load_upstream
 from bit_mixup.weights import Weights, fetch, find_network, find_weights, size_text
 
@@ -58,6 +60,7 @@ class PretrainPlan:
         view: how pictures are shown.
         environment: launcher and machine.
         cuts: for each process its micro-batches of a global batch.
+        law: whether and how pictures are mixed.
         run: where files go.
         teacher: of distillation, on this machine or still on the hub.
     """
@@ -69,8 +72,19 @@ class PretrainPlan:
     view: InceptionView
     environment: Environment
     cuts: list[list[MicroBatch]]
+    law: TrainingLaw
     run: RunFolder
     teacher: Weights | None = None
+
+    def memory_bytes(self, examples: int) -> int:
+        """Estimate in bytes for each process, for backward passes of some examples; beside a teacher."""
+        return self.network.shape.training_bytes(
+            self.hyper.crop_size,
+            examples=examples,
+            num_classes=len(self.data.class_names),
+            half=self.environment.precision != "fp32",
+            num_processes=self.environment.num_processes,
+        )
 
     @property
     def saved_view(self) -> View:
@@ -123,9 +137,11 @@ class PretrainPlan:
                  f"{'mirrored half of the time' if view.flip else 'never mirrored'}{', distorted' if view.distort else ''}"),
             ("mixup", f"alpha {hyper.mixup_alpha}, one weight for each {self.config.mixup_lam}" if hyper.mixup_alpha else "off"),
             ("batch", f"{hyper.batch_size} examples a step = {self.environment.num_processes} process(es) x {len(self.cuts[0])} "
-                      f"micro-batch(es) of up to {micro}; {passes:.3g} passes over the data set"),
+                      f"micro-batch(es) of up to {micro}{self.config.micro_batch_note}; {passes:.3g} passes "
+                      "over the data set"),
             ("machine", f"{self.environment.precision} ({self.environment.precision_from}), "
-                        f"{self.environment.threads} thread(s)"),
+                        f"{self.environment.threads} thread(s), about {size_text(self.memory_bytes(micro))} of memory for each "
+                        "process beside the libraries"),
             *(("", note) for note in self.environment.notes),
             ("writes", f"{self.run.path}/"),
         ]  # fmt: skip
@@ -203,6 +219,8 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
         label_column=config.label_column,
     )
     hyper = resolve_upstream(config, num_examples=len(data.train), weights=network)
+    run.check_space(network.shape.parameter_count(len(data.class_names)), keep_checkpoints=config.keep_checkpoints)
+    law = TrainingLaw(alpha=hyper.mixup_alpha, lam=config.mixup_lam)
     if isinstance(config, DistillConfig) and config.test_split is not None:
         raise ConfigError("distillation scores nothing, so test_split has no use. Leave it out.")
     return PretrainPlan(
@@ -222,9 +240,11 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
             hyper.batch_size,
             num_processes=environment.num_processes,
             micro_batch=config.micro_batch
-            or fitting_micro_batch(network.shape.activation_bytes(hyper.crop_size), mixed=hyper.mixup_alpha > 0),
-            group_size=GROUP_SIZE if hyper.mixup_alpha else 1,
+            if isinstance(config.micro_batch, int)
+            else fitting_micro_batch(network.shape.activation_bytes(hyper.crop_size), mixed=law.groups),
+            group_size=law.group_size,
         ),
+        law=law,
         run=run,
         teacher=find_weights(config.teacher) if isinstance(config, DistillConfig) else None,
     )
@@ -232,9 +252,10 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
 
 def run_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainResult:
     """`pretrain` or `distill` of a whole configuration. Prints the plan first and the scores last, on the main process."""
-    plan = plan_pretrain(config, source=source)
-    with torch_threads(plan.environment.threads):
-        return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
+    with Interruption(deferring=False), memory_explained():
+        plan = plan_pretrain(config, source=source)
+        with torch_threads(plan.environment.threads):
+            return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
 
 
 def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
@@ -243,6 +264,21 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
         with accelerator.main_process_first():  # one process downloads, the others find it in the cache
             plan = replace(plan, teacher=fetch(plan.teacher))
     model, objective = _model_and_objective(plan, accelerator)
+    stream = TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed)
+    if config.micro_batch == "auto":
+        cuts = fit_micro_batch(
+            model,
+            stream,
+            hyper,
+            accelerator,
+            law=plan.law,
+            estimate=plan.memory_bytes,
+            known=run.recorded_micro_batch(accelerator.num_processes) if config.resume else None,
+            local_processes=plan.environment.local_processes,
+            objective=objective,
+            seed=config.seed,
+        )
+        plan = replace(plan, cuts=cuts)
     if accelerator.is_main_process:
         record: dict[str, Any] = {
             "resolved": {**plan.resolved(), "std_eps": config.std_eps or TIMM_STD_EPS},
@@ -258,10 +294,10 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
     workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
     model = train(
         model,
-        TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed),
+        stream,
         hyper,
         accelerator,
-        law=TrainingLaw(alpha=hyper.mixup_alpha, lam=config.mixup_lam),
+        law=plan.law,
         cuts=plan.cuts,
         run=run,
         objective=objective,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bit_mixup.errors import CheckpointError
-from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_leftovers, write_json, write_text
+from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_leftovers, write_json, write_text, writing
 
 TRACKER_PROJECT = "bit_mixup"  # also the folder that a tracker such as tensorboard writes into
 
@@ -98,6 +98,13 @@ class RunFolder:
         ]
         return [(path, what) for path, what in files if path.exists()]
 
+    def recorded_micro_batch(self, num_processes: int) -> int | None:
+        """Examples of the largest backward pass of the run's first start, if a checkpoint waits that as many processes wrote."""
+        if not (self.plan.is_file() and self.list_checkpoints()):
+            return None
+        sizes = read_json(self.plan)["environment"]["micro_batches"]
+        return max(map(max, sizes)) if len(sizes) == num_processes else None
+
     def check(self, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Sees whether a run may write here; changes nothing.
 
@@ -123,6 +130,26 @@ class RunFolder:
                 "--output-dir."
             )
 
+    def check_space(self, parameters: int, *, keep_checkpoints: int) -> None:
+        """Sees whether the disk has room for what the run will write: checkpoints (one more than stay) and the model.
+
+        Args:
+            parameters: of the model, 4 bytes each; a checkpoint holds them and their momentum.
+            keep_checkpoints: how many stay.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        there = max(0, keep_checkpoints + 1 - len(self.list_checkpoints()))
+        needed = 4 * parameters * (2 * there + 1)
+        disk = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(disk).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self.path} is on a disk with {free / 1e9:.3g} GB of room, but checkpoints and the model take "
+                f"{needed / 1e9:.3g} GB. Make room, lower --keep-checkpoints, or choose another --output-dir."
+            )
+
     def compare(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Raises CheckpointError with all differences that would change what is computed."""
         before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
@@ -146,7 +173,8 @@ class RunFolder:
         goes_on = self.plan.is_file() and bool(self.list_checkpoints())
         if goes_on:
             self.compare("plan.json", read_json(self.plan)["resolved"], resolved["resolved"])
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         remove_leftovers(self.checkpoints)
         if goes_on:
@@ -203,7 +231,7 @@ def _trim(path: Path, step: int) -> None:
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())

@@ -4,19 +4,54 @@ Everything is written beside its place under a temporary name, flushed to the de
 the place holds the old content or the new, never a part.
 """
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from bit_mixup.errors import CheckpointError
 
 TEMPORARY_PREFIX = ".writing-"
 ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"  # a folder can not be replaced in one go: the old one waits here for a moment
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full. Make room",
+    errno.EDQUOT: "your share of the disk is used up. Make room",
+    errno.EFBIG: "it would be larger than a file may be here (ulimit -f). Raise the limit",
+    errno.ENOENT: "its folder is gone. Bring the disk back, or put the folder where it was",
+    errno.EROFS: "the disk is read-only. Make it writable",
+    errno.EACCES: "you may not write there. Change its permissions",
+    errno.EPERM: "you may not write there. Change its permissions",
+    errno.ENOTDIR: "a part of the path is a file, not a folder. Move it away",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explains what keeps a file or folder from being written.
+
+    Raises:
+        CheckpointError: the operating system refused; the message names the path, the reason and the remedy.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors passes the system's error on as text
+        found = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        reason = _REASONS.get(number or 0, f"{error}. Mend that")
+        raise CheckpointError(
+            f"{path} can not be written: {reason}, then go on with --resume; or choose another --output-dir. "
+            "What was written before is whole."
+        ) from error
 
 
 def _flush(path: Path) -> None:
@@ -35,12 +70,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically, making its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
-    temporary.write_bytes(content)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            _flush(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,24 +108,25 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill; it takes the place of `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            _flush(file)
-        _flush(temporary)
-        aside = path.parent / f"{ASIDE_PREFIX}{path.name}"
-        if path.exists():
-            os.rename(path, aside)
-        os.rename(temporary, path)
-        _flush(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                _flush(file)
+            _flush(temporary)
+            aside = path.parent / f"{ASIDE_PREFIX}{path.name}"
+            if path.exists():
+                os.rename(path, aside)
+            os.rename(temporary, path)
+            _flush(path.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def remove_leftovers(folder: Path) -> None:

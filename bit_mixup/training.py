@@ -13,18 +13,30 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from bit_mixup.checkpoint import restore_checkpoint, save_checkpoint
-from bit_mixup.errors import NonFiniteError
+from bit_mixup.errors import Interrupted, MemoryShortError, NonFiniteError
 from bit_mixup.expansion import DataMeans
 from bit_mixup.hyperrule import HyperParameters, learning_rate
+from bit_mixup.interruption import Interruption
 from bit_mixup.laws import TrainingLaw
 from bit_mixup.loading import Stream, load_batches
 from bit_mixup.losses import training_loss
+from bit_mixup.memory import (
+    Cuts,
+    avoid_broken_primitives,
+    find_cuts,
+    free_bytes,
+    is_out_of_memory,
+    largest_pass,
+    release_memory,
+    smaller_cuts,
+)
 from bit_mixup.mixup import Place
 from bit_mixup.models import Normalize
 from bit_mixup.objectives import Objective, SoftmaxCrossEntropy
 from bit_mixup.runs import RunFolder
-from bit_mixup.sampling import MicroBatch, PositionBatches
+from bit_mixup.sampling import MicroBatch, PositionBatches, cut_batch
 from bit_mixup.storage import write_json
+from bit_mixup.voting import Council
 
 
 def train(
@@ -75,53 +87,191 @@ def train(
 
     Raises:
         NonFiniteError: a loss or weight was not finite. No checkpoint holds one.
+        MemoryShortError: memory does not do for the smallest micro-batch. Before that, smaller ones are tried, alike in all
+            processes, then gradient checkpointing; neither changes the result, but for rounding.
+        CheckpointError: metrics or a checkpoint can not be written.
+        Interrupted: a signal asked for it; a checkpoint of the last step holds all.
     """
     model.to(accelerator.device).to(memory_format=torch.channels_last)  # the bundled model's step takes a fifth less CPU time so
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
-    first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
-    normalize, dtype, num_classes = Normalize.of(model), next(model.parameters()).dtype, int(model.num_classes)
-    own_cuts = cuts[accelerator.process_index]
+    done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
+    work = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, num_workers)
     wrapped = accelerator.prepare_optimizer(optimizer)
+    council, log = Council(accelerator), StepLog(accelerator, run, stream, hyper, first_step=first_step)
+    work.cut(cuts, first_step=first_step)
     model.train()
-    positions = PositionBatches(own_cuts, batch_size=hyper.batch_size, first_step=first_step, steps=hyper.steps)
-    batches = load_batches(stream, positions, num_workers=num_workers, device=accelerator.device)
-    log = StepLog(accelerator, run, stream, hyper, first_step=first_step)
-    for step in range(first_step, hyper.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, hyper)
-        step_loss = torch.zeros((), device=accelerator.device, dtype=dtype)
-        step_floor = torch.zeros_like(step_loss)
-        for cut in own_cuts:
-            images, labels = next(batches)
-            images = normalize(images, dtype).contiguous(memory_format=torch.channels_last)
-            targets = objective.targets(labels, num_classes=num_classes, dtype=dtype)
-            place = Place(seed=seed, step=step, start=cut.positions(step, hyper.batch_size).start, groups=cut.groups)
-            with accelerator.autocast():
-                loss, floor = training_loss(
-                    model, images, targets, law=law, mixes=law.mixes_at(step, hyper.steps), means=means, objective=objective,
-                    place=place,
-                )  # fmt: skip
-            loss = loss * (cut.weight / hyper.batch_size)
-            accelerator.backward(loss)
-            step_loss += loss.detach()
-            step_floor += floor.detach() * (cut.weight / hyper.batch_size)
-        _sum_gradients(model, accelerator)
-        wrapped.step()
-        wrapped.zero_grad()
-        log.add(step, step_loss, step_floor, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
-        done = step + 1
-        saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
-        if saving or (watch and watching) or done % log_every == 0:
-            log.flush()
-        if watch and watching:
-            watch(done, model)
-            model.train()
-        if saving and accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
+    with Interruption(deferring=True) as signals:
+        while done < hyper.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done, hyper)
+            losses = work.fitting(done)
+            memory_is_short, stopping = council.largest(losses is None, signals.number)
+            if losses is None or memory_is_short:  # here or in another process
+                wrapped.zero_grad()
+                log.say(work.retreat(done))
+                continue
+            _sum_gradients(model, accelerator)
+            wrapped.step()
+            wrapped.zero_grad()
+            log.add(done, *losses, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
+            done += 1
+            saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
+            if saving or stopping or (watch and watching) or done % log_every == 0:
+                log.flush()
+            if watch and watching:
+                watch(done, model)
+                model.train()
+            if (saving or stopping) and accelerator.is_main_process:
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
+            if stopping:
+                log.close()
+                accelerator.wait_for_everyone()
+                raise Interrupted(stopping, f"stopped after step {done}; {run.checkpoint(done)} holds it. Go on with --resume.")
     log.close()
     accelerator.wait_for_everyone()
     return model.to(memory_format=torch.contiguous_format)
+
+
+def fit_micro_batch(
+    model: ResNetV2,
+    stream: Stream,
+    hyper: HyperParameters,
+    accelerator: Accelerator,
+    *,
+    law: TrainingLaw,
+    estimate: Callable[[int], int],
+    known: int | None = None,
+    local_processes: int = 1,
+    objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
+    means: DataMeans | None = None,
+    seed: int = 0,
+) -> Cuts:
+    """The cut into the largest micro-batches that fit into memory, by an estimate and then by trying the first of them.
+
+    Args:
+        model: to be trained; it is moved to the device, and not changed.
+        stream: as in `train`.
+        hyper: as in `train`.
+        accelerator: of this process.
+        law: as in `train`.
+        estimate: memory in bytes that a process takes, by the examples of its largest backward pass.
+        known: what was found before; a resumed run takes the same, so that it ends in the same bits.
+        local_processes: that share this machine.
+        objective: as in `train`.
+        means: as in `train`.
+        seed: as in `train`.
+
+    Raises:
+        MemoryShortError: not even the smallest fits.
+    """
+    world, group_size = accelerator.num_processes, law.group_size
+    if known is not None:
+        return cut_batch(hyper.batch_size, num_processes=world, micro_batch=known, group_size=group_size)
+    model.to(accelerator.device).to(memory_format=torch.channels_last).train()
+    work, council = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, 0), Council(accelerator)
+    free = -council.largest(-free_bytes(accelerator.device, local_processes=local_processes))[0]  # where there is least
+
+    def attempt(cuts: Cuts) -> bool:
+        work.cut(cuts, first_step=0)
+        losses = work.fitting(0, passes=1)
+        model.zero_grad()
+        release_memory()
+        return not council.largest(losses is None)[0]
+
+    return find_cuts(
+        batch_size=hyper.batch_size, num_processes=world, group_size=group_size, estimate=estimate, free=free, attempt=attempt
+    )
+
+
+@dataclass
+class StepWork:
+    """The backward passes of a step, in pieces that fit into memory.
+
+    Args:
+        model: on its device.
+        stream: as in `train`, and so on.
+    """
+
+    model: ResNetV2
+    stream: Stream
+    hyper: HyperParameters
+    accelerator: Accelerator
+    law: TrainingLaw
+    objective: Objective
+    means: DataMeans | None
+    seed: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        self.normalize, self.dtype = Normalize.of(self.model), next(self.model.parameters()).dtype
+        self.checkpointing = False
+
+    def cut(self, cuts: Sequence[list[MicroBatch]], *, first_step: int) -> None:
+        """Reads from a step on in these micro-batches, one list for each process."""
+        self.cuts = list(cuts)
+        self.own = self.cuts[self.accelerator.process_index]
+        positions = PositionBatches(self.own, batch_size=self.hyper.batch_size, first_step=first_step, steps=self.hyper.steps)
+        self.batches = load_batches(self.stream, positions, num_workers=self.num_workers, device=self.accelerator.device)
+
+    def fitting(self, step: int, *, passes: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """`backward`, or None where that did not fit into memory."""
+        try:
+            return self.backward(step, self.own[:passes])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            avoid_broken_primitives(error)
+        return None  # the error is gone now, and with it what it held on to
+
+    def backward(self, step: int, cuts: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of a step's micro-batches to the model's; this process's share of the mean loss, and of the least
+        that it could be."""
+        loss_sum = torch.zeros((), device=self.accelerator.device, dtype=self.dtype)
+        floor_sum = torch.zeros_like(loss_sum)
+        for cut in cuts:
+            images, labels = next(self.batches)
+            images = self.normalize(images, self.dtype).contiguous(memory_format=torch.channels_last)
+            targets = self.objective.targets(labels, num_classes=int(self.model.num_classes), dtype=self.dtype)
+            place = Place(seed=self.seed, step=step, start=cut.positions(step, self.hyper.batch_size).start, groups=cut.groups)
+            with self.accelerator.autocast():
+                loss, floor = training_loss(
+                    self.model, images, targets, law=self.law, mixes=self.law.mixes_at(step, self.hyper.steps), means=self.means,
+                    objective=self.objective, place=place,
+                )  # fmt: skip
+            loss = loss * (cut.weight / self.hyper.batch_size)
+            self.accelerator.backward(loss)
+            loss_sum += loss.detach()
+            floor_sum += floor.detach() * (cut.weight / self.hyper.batch_size)
+        return loss_sum, floor_sum
+
+    def retreat(self, step: int) -> str:
+        """Makes less be computed at a time from a step on, alike in all processes, and says what; the result stays the same.
+
+        Raises:
+            MemoryShortError: it can not be less.
+        """
+        before, group_size = largest_pass(self.cuts), self.law.group_size
+        release_memory()
+        smaller = smaller_cuts(self.cuts, batch_size=self.hyper.batch_size, group_size=group_size)
+        if smaller is not None:
+            self.cut(smaller, first_step=step)
+            return (
+                f"step {step}: out of memory with micro-batches of {before}; going on with {largest_pass(smaller)} "
+                f"({len(self.own)} a step). The batch stays {self.hyper.batch_size}, the result the same but for rounding."
+            )
+        if not self.checkpointing:
+            self.checkpointing = True
+            self.model.set_grad_checkpointing(True)
+            self.cut(self.cuts, first_step=step)
+            return (
+                f"step {step}: out of memory with micro-batches of {before}, the smallest; going on with gradient checkpointing: "
+                "activations are computed twice instead of kept. The result stays the same."
+            )
+        raise MemoryShortError(
+            f"step {step}: out of memory even with {before} example(s) at a time and gradient checkpointing. The last whole "
+            "checkpoint stands. Lower crop_size, choose a smaller model, or use --precision bf16 or a larger machine."
+        )
 
 
 def _sum_gradients(model: ResNetV2, accelerator: Accelerator) -> None:
@@ -221,6 +371,11 @@ class StepLog:
             f"step {step}: {what}. Its examples: {shown} (all in {self.run.nonfinite}). No checkpoint holds it. Lower --base-lr "
             "or look at these pictures; with fp16, try --precision bf16."
         )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar, once for all processes."""
+        if self.accelerator.is_main_process:
+            self._bar.write(text)
 
     def close(self) -> None:
         """Ends the progress bar."""

@@ -18,6 +18,7 @@ from bit_mixup.config import TransferConfig, configure
 from bit_mixup.evaluation import EvaluationReport
 from bit_mixup.examples import EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
 from bit_mixup.expansion import DataMeans
+from bit_mixup.interruption import Interruption
 from bit_mixup.judging import Judgement, judge, watch_scores
 from bit_mixup.launching import (
     default_workers,
@@ -29,12 +30,13 @@ from bit_mixup.launching import (
     torch_threads,
 )
 from bit_mixup.laws import NEIGHBOURS
+from bit_mixup.memory import memory_explained
 from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, Normalize, build_bit, save_model, std_eps_effect
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.plots import reliability_diagram, save_figure
 from bit_mixup.prediction import nearest_neighbours, predict_features
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
-from bit_mixup.training import train
+from bit_mixup.training import fit_micro_batch, train
 from bit_mixup.unmixing import MixupRecord, RuleChoice
 from bit_mixup.weights import fetch
 
@@ -87,9 +89,10 @@ def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> Transfe
 
 def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None = None) -> TransferResult:
     """`transfer` of a whole configuration. Prints the plan first and the scores last, on the main process."""
-    plan = make_plan(config, source=source)
-    with torch_threads(plan.environment.threads):
-        return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
+    with Interruption(deferring=False), memory_explained():
+        plan = make_plan(config, source=source)
+        with torch_threads(plan.environment.threads):
+            return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
 
 
 def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
@@ -100,6 +103,23 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     model = build_bit(weights, num_classes=plan.data.num_classes, std_eps=config.std_eps)
     effect = std_eps_effect(model)
     std_eps = config.std_eps or weights.std_eps or TIMM_STD_EPS
+    workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
+    mixup_record, means = _training_means(plan, model)
+    stream = _stream(plan, model, accelerator, workers)
+    if config.micro_batch == "auto":
+        cuts = fit_micro_batch(
+            model,
+            stream,
+            hyper,
+            accelerator,
+            law=plan.law,
+            estimate=plan.memory_bytes,
+            known=run.recorded_micro_batch(accelerator.num_processes) if config.resume else None,
+            local_processes=plan.environment.local_processes,
+            means=means,
+            seed=config.seed,
+        )
+        plan = replace(plan, cuts=cuts)
     if accelerator.is_main_process:
         resolved = {**plan.resolved(), "std_eps": std_eps}
         record = _record(plan, resolved)
@@ -113,11 +133,9 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
         )
     accelerator.wait_for_everyone()
     start_tracker(accelerator, config)
-    workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
-    mixup_record, means = _training_means(plan, model)
     model = train(
         model,
-        _stream(plan, model, accelerator, workers),
+        stream,
         hyper,
         accelerator,
         law=plan.law,

@@ -22,9 +22,9 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A file imports only from floors below its own, so files of one floor never import each other.
 FLOORS = [
-    {"errors", "catalog", "loading"},
-    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives"},
-    {"laws", "corruption", "calibration", "expansion", "images", "runs"},
+    {"errors", "catalog", "voting"},
+    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives", "interruption"},
+    {"laws", "corruption", "calibration", "expansion", "images", "runs", "loading", "memory"},
     {"mixup", "unmixing", "evaluation", "config", "augmentation", "examples", "sources", "models", "checkpoint", "plots"},
     {"losses", "data", "prediction", "diagnostics", "launching"},
     {"training", "upstream", "planning"},
@@ -36,6 +36,8 @@ FLOORS = [
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 NO_TORCH = set(FILES) - {
     "loading",
+    "voting",
+    "memory",
     "mixup",
     "models",
     "checkpoint",
