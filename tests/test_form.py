@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A file imports only from floors below its own, so files of one floor never import each other.
 FLOORS = [
-    {"errors", "catalog", "loading"},
+    {"errors", "catalog", "loading", "hub"},
     {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives"},
     {"laws", "corruption", "calibration", "expansion", "images", "runs"},
     {"mixup", "unmixing", "evaluation", "config", "augmentation", "examples", "sources", "models", "checkpoint", "plots"},
