@@ -1,7 +1,7 @@
 """What kept the hub's client from a file, and is what it fetched what the hub published?
 
 The client raises a stand-in where it matters most ("please check your connection", for a 403 as for a 503): what the hub answered
-is among its causes. Of what it fetches it compares the size, not the content. While it waits to try again, its own logger says so.
+is among its causes. Of what it fetches it compares the size, not the content. While it waits to try again, its logger says so.
 It is imported where it is needed, as that takes a second.
 """
 
