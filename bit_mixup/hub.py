@@ -130,9 +130,10 @@ def take_out_if_damaged(file: Path) -> str | None:
         digest = hashlib.file_digest(stream, lambda: started).hexdigest()
     if digest == published:
         return None
-    for path in (content.resolve(), content, file):
-        path.unlink(missing_ok=True)
-    return (
-        f"its {kind} is {digest}, but the hub published {published}: it was damaged on its way or on the disk. It was taken out "
-        "of the cache: start again to fetch it anew."
-    )
+    try:
+        for path in (content.resolve(), content, file):
+            path.unlink(missing_ok=True)
+        done = "It was taken out of the cache: start again to fetch it anew."
+    except OSError:
+        done = f"Remove {content.resolve()} and start again to fetch it anew."
+    return f"its {kind} is {digest}, but the hub published {published}: it was damaged on its way or on the disk. {done}"

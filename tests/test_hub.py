@@ -277,6 +277,21 @@ def test_what_a_disk_spoiled_is_found(
         assert "HF_HUB_OFFLINE forbids to fetch it" in door.refusal("--model", repository)[0]
 
 
+def test_what_can_not_be_taken_out_of_the_cache_is_named(
+    hub: LoopbackHub, door: Door, monkeypatch: pytest.MonkeyPatch, model_files: Files
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(path)
+
+    hub.add_model("spoiled/read-only", model_files)
+    file = fetch(find_weights("spoiled/read-only")).file
+    assert file is not None
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    complaint, _ = door.refusal("--model", "spoiled/read-only")
+    assert complaint.endswith(f"Remove {file.resolve()} and start again to fetch it anew.")
+
+
 WITHOUT_THE_HUB = ["stopped", "offline", "503", "403"]
 
 
