@@ -127,7 +127,7 @@ def _read_tensors(weights: Weights) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array) for name, array in read_npz(weights.file).items()}
     try:
         return safetensors.torch.load_file(weights.file)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise WeightsError(f"{weights.file} is not a whole safetensors file: {error}. Fetch it again.") from error
 
 
