@@ -11,8 +11,11 @@ from pathlib import Path
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets.data_files import EmptyDatasetError
+from datasets.packaged_modules.cache.cache import Cache
 
 from bit_mixup.errors import DataError, did_you_mean
+from bit_mixup.hub import explain, first_line, take_out_if_damaged
 from bit_mixup.images import EXTENSIONS
 
 DIGITS = "digits"
@@ -186,25 +189,68 @@ def _from_hub(name: str, *, config: str | None, revision: str | None) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise DataError(f'data set "{name}": there is no such file or folder, and a hub id looks like user/name.')
     try:
-        loaded = datasets.load_dataset(name, config, revision=revision)
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
-        hint = did_you_mean(name, [DIGITS])
-        raise DataError(
-            f'data set "{name}"{hint}: no such file or folder here, and the hub says: {_first_line(error)}'
-        ) from error
-    except ConnectionError as error:
-        raise DataError(
-            f'data set "{name}": no such file or folder here, it is not in the local cache, and the hub can not be reached '
-            f"({_first_line(error)}). Go online once, or give a local path."
-        ) from error
-    except Exception as error:  # the library raises many kinds
-        raise DataError(f'data set "{name}" can not be loaded: {type(error).__name__}: {_first_line(error)}') from error
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        _fetch(builder)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        raise DataError(f'data set "{name}": {_explain(error, name)}') from error
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
-    return Source(splits=splits, revision=_commit(splits))
+    commit = _commit(splits)
+    if isinstance(builder, Cache) and revision not in (None, commit):  # the library takes what it has, whatever was asked for
+        raise DataError(
+            f'data set "{name}": the hub can not be asked for dataset_revision "{revision}", and the local cache holds commit '
+            f"{commit}. Go online once, or name that commit."
+        )
+    return Source(splits=splits, revision=commit)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def _fetch(builder: datasets.DatasetBuilder) -> None:
+    """Downloads what a hub data set will be read from, and compares it with the published digests before it is read.
+
+    The library itself compares none. It finds the files in its cache afterwards and asks the hub nothing again.
+    """
+    files = builder.config.data_files
+    if files is None or Path(builder.cache_dir).is_dir():
+        return  # read by an earlier run, and kept as Arrow
+    fetched = datasets.DownloadManager().download(files)
+    for split in files:
+        for url, file in zip(files[split], fetched[split], strict=True):
+            if damage := take_out_if_damaged(Path(file)):
+                raise DataError(f"{url.removeprefix('hf://datasets/')}: {damage}")
+
+
+def _explain(error: Exception, name: str) -> str:
+    """What the libraries say about a data set on the hub, and what to do."""
+    meant = did_you_mean(name, [DIGITS, *map(str, Path(name).parent.glob("*"))])
+    not_here, instead = f"no such file or folder here{meant}, and", "give a local path"
+    said = first_line(error)
+    match error:
+        case datasets.exceptions.DatasetNotFoundError():
+            return f"{not_here} the hub says: {said} Check id and revision; what is private or gated needs `hf auth login`."
+        case datasets.exceptions.DataFilesNotFoundError() | EmptyDatasetError():
+            return f"the one on the hub holds no data files: {said}. Name another, or {instead}."
+        case datasets.exceptions.DatasetGenerationError():
+            cause = error.__cause__ or error
+            return f"the one on the hub can not be read: {type(cause).__name__}: {first_line(cause)}"
+        case RuntimeError() if "scripts" in said:
+            return (
+                f"the one on the hub is a program, and programs of others are never run: {said}. Try dataset_revision "
+                '"refs/convert/parquet", where the hub keeps the data alone.'
+            )
+        case ValueError() if "onfig" in said:
+            known = " ".join(str(error).splitlines()[:2])  # the second line lists what there is
+            return f"{known}. Give one of these as dataset_config."
+        case ConnectionError():  # the library drops the cause
+            offline = ", as HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else ""
+            return (
+                f"{not_here} it is not in the local cache and the hub can not be reached{offline} ({said}). Go online once, or "
+                f"{instead}."
+            )
+    reason = explain(error, instead=instead)
+    return f"{not_here} {reason}" if reason else f"the one on the hub can not be read: {type(error).__name__}: {said}"
 
 
 def _commit(splits: dict[str, Dataset]) -> str | None:

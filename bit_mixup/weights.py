@@ -7,16 +7,17 @@ read here and torch is not imported; `bit_mixup.models` builds the network.
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from bit_mixup.catalog import ARCHITECTURES, PUBLISHED, Architecture, list_bit_models
 from bit_mixup.errors import WeightsError, did_you_mean
+from bit_mixup.hub import explain, first_line, take_out_if_damaged
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
@@ -143,13 +144,15 @@ def _google_cfg(input_size: int, num_classes: int, interpolation: str) -> dict[s
 def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
     """The same weights on this machine, downloaded from the hub if need be; safetensors only, never a pickle.
 
+    Files from the hub are compared with the digests that it published.
+
     Args:
         weights: as found, or as fetched before.
         revision: branch, tag or commit on the hub (None: its main branch).
 
     Raises:
-        WeightsError: the hub can not be reached or lacks the repository, the revision or the file; or a revision is asked of a
-            file on this machine.
+        WeightsError: the hub can not be reached, refuses, is busy, or lacks the repository, the revision or the file; a file came
+            damaged; or a revision is asked of a file on this machine.
     """
     if weights.file is not None:
         if revision is not None and weights.revision is None:
@@ -168,35 +171,23 @@ def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
 
 def _download(repository: str, filename: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     where = f"{filename} of {repository}" + (f" at revision {revision}" if revision else "")
     try:
-        return Path(hf_hub_download(repository, filename, revision=revision))
-    except GatedRepoError as error:
+        file = Path(hf_hub_download(repository, filename, revision=revision))
+    except RemoteEntryNotFoundError as error:
         raise WeightsError(
-            f"{where}: the repository is gated. Accept its terms on the hub, then log in (`hf auth login`)."
+            f"{where}: the repository has no such file. Only safetensors in timm's hub layout are read, never pickles."
         ) from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(f"{where}: the hub has no such repository, or it is private and you are not logged in.") from error
-    except RevisionNotFoundError as error:
-        raise WeightsError(f"{where}: the hub has no such revision. Give a branch, tag or commit that exists.") from error
-    except LocalEntryNotFoundError as error:
-        raise WeightsError(
-            f"{where} is not in the local cache and the hub can not be reached. Go online once, set HF_ENDPOINT to a mirror, or "
-            "use the model in the package: --model bundled."
-        ) from error
-    except EntryNotFoundError as error:
-        raise WeightsError(f"{where}: the repository has no such file. Only safetensors are read, never pickles.") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise WeightsError(f"{where} can not be downloaded: {error}") from error
+    except Exception as error:  # of the client, of its HTTP library, or of the system
+        instead = "use the model in the package (--model bundled)"
+        reason = explain(error, instead=instead) or f"it can not be fetched: {first_line(error)}"
+        meant = did_you_mean(repository, map(str, Path(repository).parent.glob("*")))
+        raise WeightsError(f"{where}{meant}: {reason}") from error
+    if damage := take_out_if_damaged(file):
+        raise WeightsError(f"{where}: {damage}")
+    return file
 
 
 def _from_folder(folder: Path, *, name: str | None) -> Weights:
@@ -257,18 +248,10 @@ def read_shapes(path: Path) -> Shapes:
     if path.suffix == ".npz":
         return {name: tuple(array.shape) for name, array in read_npz(path).items()}
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        with safetensors.safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (it can not be iterated)
+    except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
-    if path.stat().st_size < end:
-        raise WeightsError(f"{path} is cut short: {path.stat().st_size} bytes of {end}. Fetch it again.")
-    return shapes
 
 
 _NPZ_UNIT = re.compile(r"block(?P<stage>\d+)/unit(?P<unit>\d+)/(?P<conv>[abc])/(?P<rest>.+)")
@@ -285,6 +268,8 @@ _NPZ_OUTSIDE = {
     "head/conv2d/kernel": "head.fc.weight",
     "head/conv2d/bias": "head.fc.bias",
 }
+# Bytes: those of the largest BiT with the 21,843 classes of ImageNet-21k, and a quarter more.
+_LARGEST = 5 * max(architecture.parameter_count(21_843) for architecture in ARCHITECTURES.values())
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -293,11 +278,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     Layer names with a counter, such as `standardized_conv2d_17` in some of the published files, are understood.
 
     Raises:
-        WeightsError: the file is damaged, holds pickled objects, or is not a BiT's.
+        WeightsError: the file is damaged, holds pickled objects, is larger than any BiT, or is not a BiT's.
     """
     tensors = {}
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            unpacked = sum(member.file_size for member in archive.zip.infolist())
+            if unpacked > _LARGEST:
+                raise WeightsError(
+                    f"{path} would unpack to {size_text(unpacked)}, more than any BiT. Is it an original BiT file?"
+                )
             for name in archive.files:
                 tensors[_timm_name(name, path)] = np.asarray(archive[name], dtype=np.float32)
     except (OSError, ValueError, EOFError) as error:
@@ -322,8 +312,8 @@ def _timm_name(name: str, path: Path) -> str:
 
 def _recognise(shapes: Shapes, path: Path) -> str:
     """The published architecture with these many blocks and this width."""
-    if "stem.conv.weight" not in shapes:
-        raise WeightsError(f'{path} has no "stem.conv.weight": it is not a BiT in timm\'s naming.')
+    if len(shapes.get("stem.conv.weight", ())) != 4:
+        raise WeightsError(f'{path} has no "stem.conv.weight" of four dimensions: it is not a BiT in timm\'s naming.')
     depths = tuple(
         1 + max((int(m[1]) for name in shapes if (m := re.match(rf"stages\.{stage}\.blocks\.(\d+)\.", name))), default=-1)
         for stage in range(4)

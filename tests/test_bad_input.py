@@ -424,12 +424,7 @@ CASES: dict[str, Case] = {
     ),
     "revision of local weights": (WeightsError, 'revision "v1".*leave it out', asks(revision="v1")),
     "unknown on the hub": (WeightsError, "nobody/nothing.*no such repository", asks(model="nobody/nothing")),
-    "truncated safetensors": (WeightsError, "cut.safetensors is cut short.*Fetch it again", broken_weights),
-    "header of nothing": (
-        WeightsError,
-        "weights.safetensors is not a whole safetensors file.*Fetch it again",
-        lambda place: {"model": place.file("weights.safetensors", b"\xff" * 40)},
-    ),
+    "truncated safetensors": (WeightsError, "cut.safetensors is not a whole safetensors file.*Fetch it again", broken_weights),
     "no stem": (
         WeightsError,
         'weights.npz has no "stem.conv.weight".*not a BiT',
@@ -488,6 +483,11 @@ SAME_RAISE: dict[str, Case] = {
         CheckpointError,
         "another configuration .plan.json.*data: .*'train_examples': 3.* -> .*'train_examples': 2.*Resume with the values",
         resumed_on_other_data,
+    ),
+    "header of nothing": (
+        WeightsError,
+        "weights.safetensors is not a whole safetensors file.*Fetch it again",
+        lambda place: {"model": place.file("weights.safetensors", b"\xff" * 40)},
     ),
     "two image columns": (
         DataError,

@@ -1,10 +1,12 @@
 """Do weights of every origin reach the network whole, with exactly the head that was asked for, or is the fault named?"""
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +154,14 @@ def test_every_published_network_is_recognised(architecture: str, tmp_path: Path
         shapes = {
             name: list(tensor.shape) for name, tensor in timm.create_model(architecture, pretrained=False).state_dict().items()
         }
-    header = json.dumps(
-        {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
-    ).encode()
-    (tmp_path / "any.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)  # a header alone
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with (tmp_path / "any.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)  # what follows the header is a hole
     assert find_weights(str(tmp_path / "any.safetensors")).architecture == architecture
 
 
@@ -377,6 +383,70 @@ def test_a_file_that_is_cut_short_is_named(name: str, share: float, tiny_bit: Pa
         shutil.copy(tiny_bit / "config.json", tmp_path)
     with pytest.raises(WeightsError, match=rf"{re.escape(str(path))} (is|can not be read|is cut short|is damaged).*"):
         load_bit(str(path), num_classes=2)
+
+
+Header = dict[str, Any]
+FIRST, SECOND = "stem.conv.weight", "stages.0.blocks.0.norm1.weight"
+LIES: dict[str, Callable[[Header], object]] = {
+    "offsets of another tensor": lambda header: header[SECOND].update(data_offsets=header[FIRST]["data_offsets"]),
+    "offsets behind the file": lambda header: header[FIRST].update(data_offsets=[1 << 40, (1 << 40) + 9_408]),
+    "offsets before the file": lambda header: header[FIRST].update(data_offsets=[-9_408, 0]),
+    "a single offset": lambda header: header[FIRST].update(data_offsets=[0]),
+    "a larger shape": lambda header: header[FIRST].update(shape=[1 << 60, 3, 7, 7]),
+    "no shape": lambda header: header[FIRST].update(shape=None),
+    "an unknown type": lambda header: header[FIRST].update(dtype="PICKLE"),
+    "bytes of no tensor": lambda header: header.pop(FIRST),
+}
+
+
+def in_a_folder(tiny_bit: Path, folder: Path) -> Path:
+    shutil.copy(tiny_bit / "config.json", folder)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("place", [in_a_folder, lambda tiny_bit, folder: folder / "bare.safetensors"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused(lie: str, place: Callable[[Path, Path], Path], tiny_bit: Path, tmp_path: Path) -> None:
+    content = (tiny_bit / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    LIES[lie](header)
+    encoded = json.dumps(header).encode()
+    path = place(tiny_bit, tmp_path)
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    with pytest.raises(WeightsError, match=rf"{path.name} is not a whole safetensors file: .*Fetch it again"):
+        load_bit(str(path), num_classes=2)
+
+
+@pytest.mark.parametrize("place", [in_a_folder, lambda tiny_bit, folder: folder / "bare.safetensors"])
+@pytest.mark.parametrize(("length", "start"), [(1 << 63, b"{"), (150_000_000, b"{"), (100_000, b"[" * 100_000), (3, b"[1]")])
+def test_a_header_of_another_kind_is_refused(
+    length: int, start: bytes, place: Callable[[Path, Path], Path], tiny_bit: Path, tmp_path: Path
+) -> None:
+    path = place(tiny_bit, tmp_path)
+    with path.open("wb") as file:
+        file.write(length.to_bytes(8, "little") + start)
+        file.truncate(200_000_000)  # a hole, which takes no space
+    with pytest.raises(WeightsError, match=rf"{path.name} is not a whole safetensors file: .*Fetch it again"):
+        load_bit(str(path), num_classes=2)
+
+
+def test_archives_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    name = "resnet/root_block/standardized_conv2d/kernel"
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w") as archive:
+        archive.writestr(f"{name}.npy", b"\x93NUMPY")
+        archive.filelist[0].file_size = 6_000_000_000  # what it says to unpack to
+    with pytest.raises(WeightsError, match=r"bomb\.npz would unpack to 6 GB, more than any BiT"):
+        load_bit(str(bomb), num_classes=2)
+    liar = tmp_path / "liar.npz"
+    with zipfile.ZipFile(liar, "w") as archive, archive.open(f"{name}.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (1 << 50,)})
+    with pytest.raises(WeightsError, match=r"liar\.npz (is damaged|can not be read)"):
+        load_bit(str(liar), num_classes=2)
+    np.savez(tmp_path / "flat.npz", **{name: np.float32(1)})
+    with pytest.raises(WeightsError, match=r'flat\.npz has no "stem\.conv\.weight" of four dimensions'):
+        load_bit(str(tmp_path / "flat.npz"), num_classes=2)
 
 
 def test_original_files_with_foreign_or_missing_arrays_are_named(tmp_path: Path) -> None:
