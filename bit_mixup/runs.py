@@ -106,7 +106,11 @@ class RunFolder:
         """
         if resume and overwrite:
             raise CheckpointError("resume and overwrite contradict each other: go on with the run, or start it anew?")
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            occupied = self.path.exists() and not self.path.is_dir()
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can not be a folder: {error.strerror}. Choose another output_dir.") from error
+        if occupied:
             raise CheckpointError(f"{self.path} is a file; output_dir must be a folder.")
         if not self.path.is_dir() or all(entry.name.startswith(TEMPORARY_PREFIX) for entry in self.path.iterdir()):
             return
