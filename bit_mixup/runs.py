@@ -9,13 +9,12 @@ model/        timm's hub layout       report.json, report.md, reliability.png (w
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bit_mixup.errors import CheckpointError
-from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_leftovers, write_json, write_text
+from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_folder, remove_leftovers, write_json, write_text
 
 TRACKER_PROJECT = "bit_mixup"  # also the folder that a tracker such as tensorboard writes into
 
@@ -161,7 +160,7 @@ class RunFolder:
     def _delete(self) -> None:
         """Removes what a run writes, and nothing else; `config.json` last, so that what is left still looks like a run."""
         for folder in (self.checkpoints, self.model, self.path / TRACKER_PROJECT):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         for file in (self.metrics, self.scores, self.report, self.table, self.diagram, self.nonfinite, self.plan, self.config):
             file.unlink(missing_ok=True)
 
