@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help install check format test test-all ci plan models few-shot mixup-study pretrain distill open-sets upstream bundled fine-tune \
-        fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet clean
+        fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet soak clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -103,6 +103,9 @@ test: $(READY) ## the tests (under 6 minutes on 2 cores, no network)
 
 test-all: $(READY) ## the tests and the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ''
+
+soak: $(READY) ## kill a small training run at random moments 50 times, resume it, compare the bits (ARGS='--kills 6 --processes 2')
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
 
 ci: check test ## what .ci/run runs
 

@@ -4,7 +4,6 @@ The parameters, SGD's momentum, the fp16 loss scale, and one whole number: the s
 step and position, so nothing else exists. Safetensors and JSON, no pickles; a checkpoint is complete or absent.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from bit_mixup.errors import CheckpointError
 from bit_mixup.runs import RunFolder
-from bit_mixup.storage import read_json, whole_folder, write_json
+from bit_mixup.storage import read_json, remove_folder, whole_folder, write_json
 
 _MODEL, _MOMENTUM, _STATE = "model.safetensors", "momentum.safetensors", "state.json"
 
@@ -59,7 +58,7 @@ def save_checkpoint(
         safetensors.torch.save_file(_on_cpu(momentum), part / _MOMENTUM)
         write_json(part / _STATE, {"step": step, "scaler": dict(scaler) if scaler else None})
     for old in run.list_checkpoints()[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return target
 
 

@@ -96,6 +96,7 @@ class RunConfig:
         hints = get_type_hints(type(self))
         for field in fields(self):
             check_value(field.name, getattr(self, field.name), hints[field.name])
+            _check_extent(field.name, getattr(self, field.name))
         for name in ("log_every", "save_every", "keep_checkpoints", "micro_batch", "steps"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -250,8 +251,8 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ConfigError(f"epochs is {self.epochs}; it must be a positive number.")
+        if not 0 < self.epochs <= 1e6:
+            raise ConfigError(f"epochs is {self.epochs}; it must be a positive number, at most a million.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +285,24 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         if choices and isinstance(value, str):
             raise ConfigError(f'{name} "{value}"{did_you_mean(value, choices)}: expected one of {", ".join(choices)}.') from error
         raise ConfigError(f"{name} is {value!r}; expected {str(hint).replace('typing.', '')}.") from error
+
+
+# Whole numbers beyond these are slips of the hand that would fill the memory or overflow before anybody is told.
+_LARGEST = {"batch_size": 2**20, "crop_size": 2**14, "resize_size": 2**14, "num_workers": 2**10, "threads": 2**10}
+_LARGEST_OTHER = 2**32
+
+
+def _check_extent(name: str, value: Any) -> None:
+    """Raises ConfigError where a whole number is too large for anything, or a text can not be written into a run's files."""
+    largest = _LARGEST.get(name, _LARGEST_OTHER)
+    if any(isinstance(number, int) and abs(number) > largest for number in (value if isinstance(value, tuple) else (value,))):
+        raise ConfigError(f"{name} is out of all proportion; it must not be above {largest:,}.")
+    if isinstance(value, str | Path) and not _can_be_written(str(value)):
+        raise ConfigError(f"{name} is {value!a}: it holds a character that UTF-8 lacks, or a zero byte. Rename what it names.")
+
+
+def _can_be_written(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 Config = TypeVar("Config", bound=RunConfig)

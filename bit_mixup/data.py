@@ -52,9 +52,15 @@ class Part:
         return replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The undecoded pictures at these indices."""
+        """The undecoded pictures at these indices; raises DataError for a damaged file."""
         column = self.pictures.column_names[0]
-        pictures = self.pictures[[int(self.rows[index]) for index in indices]][column]
+        rows = [int(self.rows[index]) for index in indices]
+        try:
+            pictures = self.pictures[rows][column]
+        except Exception as error:  # values of a damaged file show where they are read
+            raise DataError(
+                f'{self.name} rows {rows[0]} to {rows[-1]}: "{column}" can not be read: {error}. Mend the file.'
+            ) from error
         return [picture or {"bytes": None, "path": None} for picture in pictures]
 
     def read(self, indices: Sequence[int]) -> list[Picture]:

@@ -5,6 +5,8 @@ happens later, on the device and in batches (`bit_mixup.models.normalize`).
 """
 
 import io
+import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,15 @@ def _scale_16_bits(image: Image.Image) -> Image.Image:
 
 def open_encoded(encoded: dict[str, Any]) -> Image.Image:
     """Opens a picture as the `datasets` library stores it, {"bytes": ..., "path": ...}; only its header is read."""
-    if encoded.get("bytes") is not None:
-        return Image.open(io.BytesIO(encoded["bytes"]))
-    return Image.open(Path(encoded["path"]))
+    with _unconcerned():
+        if encoded.get("bytes") is not None:
+            return Image.open(io.BytesIO(encoded["bytes"]))
+        return Image.open(Path(encoded["path"]))
+
+
+def _unconcerned() -> AbstractContextManager[Any]:
+    """Keeps PIL from warning of broken tags in a picture that it can read: it names no file, and does so in each pass anew."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def decode(encoded: dict[str, Any], *, where: str) -> Image.Image:
@@ -90,7 +98,7 @@ def decode(encoded: dict[str, Any], *, where: str) -> Image.Image:
         DataError: it can not be decoded; the message starts with `where`.
     """
     try:
-        with open_encoded(encoded) as image:
+        with _unconcerned(), open_encoded(encoded) as image:
             return to_rgb(image)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

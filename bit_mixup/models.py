@@ -88,9 +88,10 @@ def build_bit(
         model = timm.create_model(
             weights.architecture, pretrained=False, num_classes=num_classes, pretrained_cfg=cfg, **weights.model_args
         )
-    except TypeError as error:
+    except Exception as error:  # timm raises many kinds on arguments that it can not use
         raise WeightsError(
-            f"{weights.file}: timm can not build {weights.architecture} with {weights.model_args}: {error}"
+            f"{weights.file}: timm can not build {weights.architecture} with {weights.model_args}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     _fill(model, tensors, weights, keep_head=keep_head)
     set_std_eps(model, std_eps if std_eps is not None else weights.std_eps or TIMM_STD_EPS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bit_mixup.errors import CheckpointError
-from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_leftovers, write_json, write_text, writing
+from bit_mixup.storage import TEMPORARY_PREFIX, read_json, remove_folder, remove_leftovers, write_json, write_text, writing
 
 TRACKER_PROJECT = "bit_mixup"  # also the folder that a tracker such as tensorboard writes into
 
@@ -113,7 +113,11 @@ class RunFolder:
         """
         if resume and overwrite:
             raise CheckpointError("resume and overwrite contradict each other: go on with the run, or start it anew?")
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            occupied = self.path.exists() and not self.path.is_dir()
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can not be a folder: {error.strerror}. Choose another output_dir.") from error
+        if occupied:
             raise CheckpointError(f"{self.path} is a file; output_dir must be a folder.")
         if not self.path.is_dir() or all(entry.name.startswith(TEMPORARY_PREFIX) for entry in self.path.iterdir()):
             return
@@ -185,7 +189,7 @@ class RunFolder:
     def _delete(self) -> None:
         """Removes what a run writes, and nothing else; `config.json` last, so that what is left still looks like a run."""
         for folder in (self.checkpoints, self.model, self.path / TRACKER_PROJECT):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         for file in (self.metrics, self.scores, self.report, self.table, self.diagram, self.nonfinite, self.plan, self.config):
             file.unlink(missing_ok=True)
 

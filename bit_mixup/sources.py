@@ -153,12 +153,24 @@ def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
                     f"{entry} is a class that {split_folders['train']} lacks{did_you_mean(entry.name, names)}. Rename it."
                 )
             pictures = _pictures(entry)
+            for path in (entry, *pictures):
+                _check_name(path)
             if not pictures and folder == split_folders["train"]:
                 raise DataError(f"{entry} holds no pictures ({', '.join(sorted(EXTENSIONS))}). Fill it or remove it.")
             columns["image"] += [{"path": str(file), "bytes": None} for file in pictures]
             columns["label"] += [names.index(entry.name)] * len(pictures)
         splits[split] = Dataset.from_dict(columns, features=features)
     return Source(splits=splits, folder=root)
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{str(path)!a}: this name is not UTF-8 (of an archive that was packed elsewhere?) and can not be written down. "
+            "Rename it."
+        ) from error
 
 
 def _read_files(kind: str, files: dict[str, list[Path]]) -> Source:

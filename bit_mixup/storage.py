@@ -129,6 +129,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if there is one: after a crash at any moment all of it is there or none. Of a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+    if not path.is_dir():
+        return
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted write left in a folder, if there is such a folder."""
     for path in folder.glob(f"{ASIDE_PREFIX}*"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import digamma, roots_jacobi, roots_legendre
+from scipy.special import digamma, poch, roots_jacobi, roots_legendre
 
 from bit_mixup.errors import ConfigError
 
@@ -67,9 +67,11 @@ def mixing_moments(alpha: float, *, probability: float = 1.0) -> MixingMoments:
 
 
 def _excess(alpha: float) -> float:
-    """theta_bar - 1/2, by logarithms: 4^alpha overflows from alpha 512 on."""
-    log_beta = 2 * math.lgamma(alpha) - math.lgamma(2 * alpha)
-    return math.exp(-math.log(alpha) - alpha * math.log(4) - log_beta)
+    """theta_bar - 1/2 = Gamma(alpha + 1/2) / (2 sqrt(pi) Gamma(alpha + 1)).
+
+    SciPy's ratio keeps its digits for any alpha; the difference of two logarithms has none left at alpha 1e16, and overflows.
+    """
+    return float(poch(alpha + 1, -0.5)) / (2 * math.sqrt(math.pi))
 
 
 def theta_quadrature(alpha: float, *, nodes: int = 40) -> tuple[Floats, Floats]:

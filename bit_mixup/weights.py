@@ -7,7 +7,7 @@ read here and torch is not imported; `bit_mixup.models` builds the network.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bit_mixup.hub import explain, first_line, take_out_if_damaged
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".tar"}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -199,15 +200,17 @@ def _from_folder(folder: Path, *, name: str | None) -> Weights:
     except ValueError as error:
         raise WeightsError(f"{config_file} is not JSON: {error}. Fetch it again.") from error
     architecture = config.get("architecture") if isinstance(config, dict) else None
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise WeightsError(
             f'{config_file} names the architecture "{architecture}", which is not a BiT of timm'
             f"{did_you_mean(str(architecture), ARCHITECTURES)}. Known: {', '.join(ARCHITECTURES)}."
         )
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"{folder} has no {WEIGHTS_FILE}. Only safetensors are read, never pickles.")
+    _check_config(config, config_file)
     model_args = {name: value for name, value in config.get("model_args", {}).items() if name != "num_classes"}
     cfg = {**config.get("pretrained_cfg", {}), "num_classes": config.get("num_classes")}
+    labels = config.get("label_names")
     return Weights(
         name=name or f"{architecture}.{cfg.get('tag')}",
         file=folder / WEIGHTS_FILE,
@@ -216,8 +219,49 @@ def _from_folder(folder: Path, *, name: str | None) -> Weights:
         model_args=model_args,
         pretrained_cfg=cfg,
         std_eps=config.get("std_eps"),
-        label_names=tuple(config["label_names"]) if isinstance(config.get("label_names"), list) else None,
+        label_names=tuple(labels) if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else None,
     )
+
+
+# What shapes a network. timm's create_model has other arguments, and one of them would read a pickle.
+_MODEL_ARGS = frozenset(
+    "layers channels num_classes in_chans global_pool output_stride width_factor stem_chs stem_type avg_down preact basic "
+    "bottle_ratio act_layer norm_layer conv_layer drop_rate drop_path_rate zero_init_last".split()
+)
+
+
+def _numbers(value: Any, count: int, *, kind: type = float, least: float = 0.0) -> bool:
+    """Whether these are so many numbers (whole ones, if `kind` is int) above `least`, and none beyond use."""
+    kinds = int if kind is int else int | float
+    return isinstance(value, list) and len(value) == count and all(
+        isinstance(one, kinds) and not isinstance(one, bool) and least < one <= 2**16 for one in value
+    )  # fmt: skip
+
+
+# What is used here of a configuration file, by name: does a value fit, and what would?
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "std_eps": (lambda value: value is None or _numbers([value], 1), "a small positive number"),
+    "channels": (lambda value: _numbers(value, 4, kind=int), "four whole numbers"),
+    "stem_chs": (lambda value: _numbers([value], 1, kind=int), "a whole number"),
+    "width_factor": (lambda value: _numbers([value], 1), "a positive number"),
+    "bottle_ratio": (lambda value: _numbers([value], 1), "a positive number"),
+    "input_size": (lambda value: _numbers(value, 3, kind=int), "channels, height and width"),
+    "mean": (lambda value: _numbers(value, 3, least=-1.0), "a number for each of three channels"),
+    "std": (lambda value: _numbers(value, 3), "a positive number for each of three channels"),
+    "interpolation": (lambda value: value in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
+}
+
+
+def _check_config(config: dict[str, Any], file: Path) -> None:
+    """Raises WeightsError where a value that will be used is not of its kind."""
+    args, cfg = config.get("model_args", {}), config.get("pretrained_cfg", {})
+    if not (isinstance(args, dict) and isinstance(cfg, dict)):
+        raise WeightsError(f"{file}: model_args and pretrained_cfg must be JSON objects. Fetch it again.")
+    if foreign := sorted(args.keys() - _MODEL_ARGS):
+        raise WeightsError(f'{file}: model_args hold "{foreign[0]}", which does not shape a BiT of timm. Remove it.')
+    for name, value in {**config, **args, **cfg}.items():
+        if name in _EXPECTED and not _EXPECTED[name][0](value):
+            raise WeightsError(f"{file}: {name} is {value!r}; expected {_EXPECTED[name][1]}. Mend it, or fetch the file again.")
 
 
 def _from_file(path: Path) -> Weights:

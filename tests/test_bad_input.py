@@ -16,6 +16,8 @@ from typing import Any
 
 import fine_tune
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
@@ -149,6 +151,14 @@ def broken_picture(name: str) -> Callable[[Place], dict[str, Any]]:
     return prepare
 
 
+def mangled_names(place: Place) -> dict[str, Any]:
+    """A parquet file whose text is not UTF-8, which shows only where it is read."""
+    names = pa.array([b"\xff.png"] * 4).view(pa.string())
+    pictures = pa.StructArray.from_arrays([pa.array([PNG.getvalue()] * 4), names], names=["bytes", "path"])
+    pq.write_table(pa.table({"image": pictures, "label": [0, 1, 0, 1]}), place.root / "rows.parquet")
+    return {"dataset": str(place.root / "rows.parquet")}
+
+
 def class_of_the_test_folder(place: Place) -> dict[str, Any]:
     names = ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dogs/1.png")
     return {"dataset": place.pictures(*names)}
@@ -197,6 +207,8 @@ CASES: dict[str, Case] = {
     "no data set": (ConfigError, "no data set was named.*Give dataset", saved_config('{"steps": 3}')),
     "unknown preset": (ConfigError, 'preset "papper".*did you mean "paper".*code, paper, light', asks(preset="papper")),
     "wrong type": (ConfigError, "steps is '10'.*expected .*int", asks(steps="10")),
+    "too large a batch": (ConfigError, "batch_size is out of all proportion.*above 1,048,576", asks(batch_size=10**400)),
+    "a zero byte": (ConfigError, r"output_dir is .*\\x00.*zero byte", asks(output_dir=Path("a\0b"))),
     "negative steps": (ConfigError, "steps is -5.*at least 1", flags("recipe --dataset digits --steps -5")),
     "negative seed": (ConfigError, "seed is -1.*0 or a positive", asks(seed=-1)),
     "std_eps of 0": (ConfigError, "std_eps is 0.0.*such as 1e-8", asks(std_eps=0.0)),
@@ -269,6 +281,11 @@ CASES: dict[str, Case] = {
         CheckpointError,
         "taken is a file.*must be a folder",
         lambda place: {"output_dir": Path(place.file("taken"))},
+    ),
+    "too long a name": (
+        CheckpointError,
+        "nnn can not be a folder: File name too long. Choose another output_dir",
+        asks(output_dir=Path("n" * 300)),
     ),
     "config is not JSON": (CheckpointError, "run/config.json can not be read.*as JSON", resumed_from_nonsense),
     # where the data are
@@ -401,6 +418,16 @@ CASES: dict[str, Case] = {
         "train/dog/1.png .train row 1. can not be opened as a picture.*Mend or remove the file",
         broken_picture("train/dog/1.png"),
     ),
+    "a parquet file with damaged names": (
+        DataError,
+        'train rows 0 to 1: "image" can not be read: .*utf-8.*Mend the file',
+        mangled_names,
+    ),
+    "a name that is not UTF-8": (
+        DataError,
+        r"\\udce9.png': this name is not UTF-8.*Rename it",
+        lambda place: {"dataset": place.pictures("cat/1.png", "dog/\udce9.png")},
+    ),
     # weights
     "no tag": (
         WeightsError,
@@ -473,8 +500,23 @@ CASES: dict[str, Case] = {
     ),
     "unknown argument of the network": (
         WeightsError,
-        "can not build resnetv2_50x1_bit with .*'wings'.*unexpected",
-        lambda place: {"model": str(place.model(model_args={"wings": 2}))},
+        'config.json: model_args hold "checkpoint_path", which does not shape a BiT.*Remove it',
+        lambda place: {"model": str(place.model(model_args={"checkpoint_path": place.file("weights.pth")}))},
+    ),
+    "arguments that are a text": (
+        WeightsError,
+        "config.json: model_args and pretrained_cfg must be JSON objects.*Fetch it again",
+        lambda place: {"model": str(place.model(pretrained_cfg="none"))},
+    ),
+    "std of two channels": (
+        WeightsError,
+        r"config.json: std is \[0.5, 0.5\]; expected a positive number for each of three channels.*Mend it",
+        lambda place: {"model": str(place.model(pretrained_cfg={"std": [0.5, 0.5]}))},
+    ),
+    "normalisation that timm lacks": (
+        WeightsError,
+        "can not build resnetv2_50x1_bit with .*KeyError: 'nrom'",
+        lambda place: {"model": str(place.model(model_args={"norm_layer": "nrom"}))},
     ),
 }
 # Further kinds that reach a raise of the table above.
