@@ -17,6 +17,7 @@ from bit_mixup.errors import Interrupted
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 ECHO_SECONDS = 1.0  # a launcher passes on to its workers what the terminal has sent them already: that is no second signal
 
+_END = b"\0"  # no signal has this number
 _AT_ONCE = "nothing was under way that is not on the disk already. Start again with --resume."
 
 
@@ -52,8 +53,9 @@ class Interruption:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._pipe_before)
-            os.close(self._writing)  # ends the watcher
+            os.write(self._writing, _END)  # closing it would not do: processes that were forked meanwhile hold it open
             self._watcher.join()
+            os.close(self._writing)
             os.close(self._reading)
         if self.number and error is None:
             raise Interrupted(self.number, f"stopped by {signal.Signals(self.number).name}: {_AT_ONCE}")
@@ -71,7 +73,7 @@ class Interruption:
 def _exit_on_second(pipe: int) -> None:
     """Reads the numbers of signals from a pipe, and ends the process at the second that is not an echo of the first."""
     first = None
-    while number := os.read(pipe, 1):
+    while (number := os.read(pipe, 1)) != _END:
         if number[0] not in SIGNALS:  # of a child that has ended, say
             continue
         now = time.monotonic()

@@ -1,6 +1,6 @@
 """How do pictures travel from the data set to the device?"""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,10 +34,11 @@ def _as_tensors(batch: Any) -> Any:
 
 def load_batches(
     source: BatchSource, batches: Iterable[list[int]], *, num_workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """Images (N, 3, H, W) uint8 and labels (N,) int64 on the device, a pair for each list of indices.
 
-    Any number of worker processes gives the same pairs in the same order.
+    Any number of worker processes gives the same pairs in the same order. To be closed (`contextlib.closing`), or an error's
+    traceback would keep worker processes alive.
 
     Raises:
         DataError: a picture is broken.

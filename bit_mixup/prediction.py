@@ -1,6 +1,7 @@
 """What does a model say about pictures?"""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -73,10 +74,11 @@ def _predict(
     normalize, dtype = Normalize.of(model), next(model.parameters()).dtype
     model.to(accelerator.device).eval()
     parts = [torch.empty(0, width, device=accelerator.device)]
-    batches = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
-    for images, _ in tqdm(batches, total=len(lists), desc="evaluating", unit="batch", disable=not accelerator.is_main_process):
-        with accelerator.autocast():
-            parts.append(_in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
+    shown = {"total": len(lists), "desc": "evaluating", "unit": "batch", "disable": not accelerator.is_main_process}
+    with closing(load_batches(view, lists, num_workers=num_workers, device=accelerator.device)) as batches:
+        for images, _ in tqdm(batches, **shown):
+            with accelerator.autocast():
+                parts.append(_in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
     outputs = torch.cat(parts)
     longest = len(shares[0])
     padded = torch.cat([outputs, outputs.new_zeros(longest - len(outputs), width)])

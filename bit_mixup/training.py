@@ -1,7 +1,8 @@
 """The loop: how do the weights change?"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +101,7 @@ def train(
     council, log = Council(accelerator), StepLog(accelerator, run, stream, hyper, first_step=first_step)
     work.cut(cuts, first_step=first_step)
     model.train()
-    with Interruption(deferring=True) as signals:
+    with Interruption(deferring=True) as signals, closing(work):
         while done < hyper.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done, hyper)
@@ -206,13 +207,24 @@ class StepWork:
     def __post_init__(self) -> None:
         self.normalize, self.dtype = Normalize.of(self.model), next(self.model.parameters()).dtype
         self.checkpointing = False
+        self.batches = self._batches([])
+
+    def close(self) -> None:
+        """Ends the processes that decode pictures, and leaves the model as it was set up."""
+        self.batches.close()
+        if self.checkpointing:
+            self.model.set_grad_checkpointing(False)
 
     def cut(self, cuts: Sequence[list[MicroBatch]], *, first_step: int) -> None:
         """Reads from a step on in these micro-batches, one list for each process."""
         self.cuts = list(cuts)
         self.own = self.cuts[self.accelerator.process_index]
+        self.batches.close()
         positions = PositionBatches(self.own, batch_size=self.hyper.batch_size, first_step=first_step, steps=self.hyper.steps)
-        self.batches = load_batches(self.stream, positions, num_workers=self.num_workers, device=self.accelerator.device)
+        self.batches = self._batches(positions)
+
+    def _batches(self, positions: Iterable[list[int]]) -> Generator[tuple[Tensor, Tensor]]:
+        return load_batches(self.stream, positions, num_workers=self.num_workers, device=self.accelerator.device)
 
     def fitting(self, step: int, *, passes: int | None = None) -> tuple[Tensor, Tensor] | None:
         """`backward`, or None where that did not fit into memory."""
