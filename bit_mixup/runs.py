@@ -147,8 +147,8 @@ class RunFolder:
         there = max(0, keep_checkpoints + 1 - len(self.list_checkpoints()))
         needed = 4 * parameters * (2 * there + 1)
         disk = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(disk).free
-        if needed > free:
+        total, _, free = shutil.disk_usage(disk)
+        if needed > free and total > 0:  # some kinds of file system do not tell their size
             raise CheckpointError(
                 f"{self.path} is on a disk with {free / 1e9:.3g} GB of room, but checkpoints and the model take "
                 f"{needed / 1e9:.3g} GB. Make room, lower --keep-checkpoints, or choose another --output-dir."

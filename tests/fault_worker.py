@@ -25,6 +25,7 @@ from PIL import Image
 from bit_mixup.cli import main as command
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.laws import TrainingLaw
+from bit_mixup.memory import release_memory
 from bit_mixup.models import create_bit
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
@@ -37,7 +38,11 @@ MEASURED = {  # network, pixels, examples of a pass
     "middle": ("bundled", 128, 64),
     "large": ("resnetv2_50x1_bit", 128, 8),
 }
-MEMORY = 64 * 1024**2
+LADDERS = {  # MB of room, in the order in which they are tried, for a run that should end in such a way
+    "halved": (200, 150, 100, 250),
+    "checkpointed": (60, 40, 30, 50, 80, 20, 70, 25),
+    "refused": (5, 10, 15, 1),
+}
 
 
 class Noise:
@@ -88,16 +93,17 @@ def write_pictures(folder: Path) -> None:
 
 
 def options(folder: Path, *more: str) -> list[str]:
-    """A run of two steps whose activations take about 500 MB in one pass, 55 MB in the smallest."""
+    """A run of two steps whose activations take about 500 MB in one pass, half of that in the smallest."""
     return [
         *("fine-tune", "--dataset", str(folder.parent / "pictures"), "--model", "bundled", "--steps", "2", "--warmup-steps", "0"),
-        *("--batch-size", "64", "--crop-size", "128", "--resize-size", "128", "--no-flip", "--threads", "1"),
+        *("--batch-size", "16", "--crop-size", "256", "--resize-size", "256", "--no-flip", "--threads", "1"),
         *("--mixup-alpha", "0.4", "--output-dir", str(folder), *more),
     ]
 
 
 def limited(folder: Path, headroom: int, *more: str) -> None:
-    """That run with an address space of so many bytes more than there are."""
+    """That run with an address space of so many bytes more than there are in use."""
+    release_memory()  # what earlier runs have left in the heap would do for much
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + headroom, resource.RLIM_INFINITY))
     command(options(folder, *more))
 
@@ -131,6 +137,22 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def took_to_checkpointing(folder: Path, name: str) -> bool:
+    """Whether a case went on with gradient checkpointing."""
+    return "going on with gradient checkpointing" in (folder / f"{name}.txt").read_text()
+
+
+def find_limit(folder: Path, end: str, ladder: tuple[int, ...]) -> str:
+    """Name of the first case that ended so. Which room leads to what depends on how the heap lies, and native code may crash."""
+    for megabytes in ladder:
+        name = f"limit-{megabytes}"
+        code = exit_code(fork(folder, name, lambda name=name, room=megabytes * 2**20: limited(folder / name, room)))
+        how = "checkpointed" if took_to_checkpointing(folder, name) else "halved"
+        if {0: how, 2: "refused"}.get(code) == end:
+            return name
+    return ""
+
+
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
@@ -147,11 +169,7 @@ def main(argv: list[str]) -> None:
     write_pictures(folder / "pictures")
     command(options(folder / "warm", "--batch-size", "8"))  # imports what is imported late: that takes room, too
     codes["free"] = exit_code(fork(folder, "free", lambda: command(options(folder / "free"))))
-    for headroom in (300, 200, 100, 60, 50, 40, 30, 20, 10, 0):
-        name = f"limit-{headroom}"
-        codes[name] = exit_code(fork(folder, name, lambda name=name, mb=headroom: limited(folder / name, mb * 2**20)))
-        if codes[name]:
-            break  # nothing fits any more
+    codes["limits"] = {end: find_limit(folder, end, ladder) for end, ladder in LADDERS.items()}
     codes["auto"] = exit_code(fork(folder, "auto", lambda: limited(folder / "auto", 400 * 2**20, "--micro-batch", "auto")))
     # The first step takes seconds: two signals come before it ends.
     child = fork(folder, "twice", lambda: command(options(folder / "twice", "--batch-size", "512")))

@@ -87,7 +87,7 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
             (folder / "x").write_text("new")
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="b can not be written: disk full"):
         fail()
     assert (tmp_path / "b" / "x").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
