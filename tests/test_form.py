@@ -151,7 +151,6 @@ def test_no_pickles_and_no_remote_code() -> None:
     files = [*FILES.values(), *RECIPES]
     assert len(files) > 25
     found = {(path.name, match) for path in files for match in refused.findall(path.read_text(encoding="utf-8"))}
-    # The state of pre-training, which that recipe alone writes and reads (with weights_only).
     assert found == set()
 
 
