@@ -155,7 +155,7 @@ def _read_zip(path: Path, wanted: Container[PurePosixPath]) -> Iterator[tuple[Pu
 class _Bounded:
     """A file that refuses to be read beyond a number of bytes: what a gzip file unpacks to is not known before."""
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
+    def __init__(self, file: gzip.GzipFile | IO[bytes], path: Path) -> None:
         self.file, self.path, self.last = file, path, "(the first)"
         self.limit = max(ALWAYS_ALLOWED_IN_ALL, LARGEST_RATIO * path.stat().st_size)
 

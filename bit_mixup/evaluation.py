@@ -79,13 +79,14 @@ class EvaluationReport:
         return "\n".join(lines) + "\n"
 
 
-_MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`*[]|@~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
+# As numbered entities, which every reader of Markdown takes for text and none for structure.
+_MARKDOWN = str.maketrans({letter: f"&#{ord(letter)};" for letter in "`*[]|~<>&"} | {"\\": "\\\\"})
+_LINKS = re.compile(r"(?i)(?<=:)/(?=/)|(?<=\bwww)\.|(?<![^\W_])_|_(?![^\W_])")
 
 
 def in_markdown(name: str) -> str:
     """A name of somebody else's choosing as text in Markdown: no cell, code, HTML, picture or link begins or ends in it."""
-    plain = shown(name).translate(_MARKDOWN).replace("://", ":\\//")
-    return re.sub(r"(?i)\bwww\.", lambda found: f"{found[0][:-1]}\\.", plain)
+    return _LINKS.sub(lambda found: f"&#{ord(found[0])};", shown(name).translate(_MARKDOWN))
 
 
 def _share(score: Tensor, count: int) -> float:
