@@ -41,18 +41,21 @@ except KeyboardInterrupt:
     pass
 """
 MEASURE = """
-import contextlib, json, os, resource, sys, threading, time
+import contextlib, json, sys, threading, time
 import bit_mixup.planning, bit_mixup.doctor
 {imports}
 folder, result = sys.argv[1], {{}}
 
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+
 def anonymous():
     # What the process itself holds. Mapped pages of the table come and go as the system likes, and are counted in the peak.
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+    return status("RssAnon")
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return status("VmHWM")
 
 most, done = [anonymous()], threading.Event()
 def watch():
