@@ -1,7 +1,7 @@
 # bit_mixup: `make` lists the targets. Each does its own set-up: Python >= 3.11, git and make are enough.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all ci plan models few-shot mixup-study pretrain distill open-sets upstream bundled fine-tune \
+.PHONY: help install check format test test-all ci plan doctor models few-shot mixup-study pretrain distill open-sets upstream bundled fine-tune \
         fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet soak clean
 
 PYTHON ?= python3
@@ -63,6 +63,9 @@ fine-tune-imagenet: $(READY) ## the paper's ImageNet-1k (gated: log in first); i
 
 plan: $(READY) ## show what fine-tune would do, and why, without training
 	$(BIN)/bit-mixup plan --dataset '$(DATASET)' --model '$(MODEL)' $(MODEL_FLAGS) $(DATASET_FLAGS) $(ARGS)
+
+doctor: $(READY) ## look for what is wrong with DATASET (digits), decoding every picture; exits with 1 after warnings, 2 after errors
+	$(BIN)/bit-mixup doctor '$(DATASET)' --full $(ARGS)
 
 models: $(READY) ## list the pretrained weights
 	$(BIN)/bit-mixup models

@@ -1,4 +1,4 @@
-"""The door for people with a terminal: `bit-mixup fine-tune | plan | models | pretrain | distill`.
+"""The door for people with a terminal: `bit-mixup fine-tune | plan | doctor | models | pretrain | distill`.
 
 torch is imported only by what needs it, so that help, models and plans come at once.
 """
@@ -11,8 +11,9 @@ from pathlib import Path
 import tyro
 
 from bit_mixup.catalog import PUBLISHED
-from bit_mixup.config import Config, DistillConfig, PretrainConfig, TransferConfig
+from bit_mixup.config import Config, DistillConfig, DoctorConfig, PretrainConfig, TransferConfig
 from bit_mixup.errors import BitMixupError, ConfigError, Interrupted, did_you_mean
+from bit_mixup.storage import write_json
 from bit_mixup.weights import BUNDLED, find_weights, size_text
 
 _USAGE = """usage: bit-mixup COMMAND [OPTIONS]
@@ -21,6 +22,7 @@ Transfer a pretrained BiT to your pictures; the BiT-HyperRule chooses schedule, 
 
   fine-tune   fine-tune a model on a data set, score it, write the run's folder
   plan        show what fine-tune would do and why, without training (--time adds an estimate)
+  doctor      look for what is wrong with a data set (--full decodes every picture); exits with 1 after warnings, 2 after errors
   models      list the pretrained weights
   pretrain    train a model from random weights by BiT's upstream recipe, to transfer from
   distill     train a model to agree with another, without labels
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal that stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"fine-tune": fine_tune_command, "plan": plan_command, "models": models_command}
-    commands |= {"pretrain": pretrain_command, "distill": distill_command}
+    commands |= {"doctor": doctor_command, "pretrain": pretrain_command, "distill": distill_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -97,6 +99,40 @@ def plan_command(arguments: Sequence[str]) -> None:
 
         minutes = time_run(plan) / 60
         print(f"{'time':<9} about {minutes:.3g} minutes of training here, by three timed passes (decoding pictures not counted)")
+
+
+def doctor_command(arguments: Sequence[str]) -> None:
+    """doctor: a data set, and the options of `DoctorConfig`. Exits with 1 after warnings and with 2 after errors."""
+    config = _doctor_configuration(arguments)
+    from bit_mixup.doctor import exit_code, findings_table, visit
+
+    findings = visit(
+        config.dataset,
+        config=config.dataset_config,
+        revision=config.dataset_revision,
+        train_split=config.train_split,
+        test_split=config.test_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        preset=config.preset,
+        seed=config.seed,
+        full=config.full,
+    )
+    print(findings_table(findings))
+    if config.json is not None:
+        write_json(config.json, {"dataset": config.dataset, "findings": [finding.as_dict() for finding in findings]})
+    if status := exit_code(findings):
+        raise SystemExit(status)
+
+
+def _doctor_configuration(arguments: Sequence[str]) -> DoctorConfig:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    return tyro.cli(
+        DoctorConfig,
+        args=["--dataset", *arguments] if named else list(arguments),
+        prog="bit-mixup doctor",
+        description=f"{inspect.cleandoc(DoctorConfig.__doc__ or '')}\n\nThe data set may come first, without its flag.",
+    )
 
 
 def models_command(arguments: Sequence[str]) -> None:

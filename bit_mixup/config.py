@@ -19,11 +19,12 @@ from bit_mixup.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What can be asked of any run, whatever it trains."""
+class DataConfig:
+    """Where pictures and labels are."""
 
     dataset: str
-    """digits (bundled), a folder of class folders, csv / parquet / json files, a save_to_disk folder, or a hub id."""
+    """digits (bundled), a folder of class folders or a zip / tar / tar.gz of it, csv / parquet / json files, a save_to_disk
+    folder, or a hub id."""
     dataset_config: str | None = None
     """Configuration of a hub data set that has several."""
     dataset_revision: str | None = None
@@ -36,6 +37,35 @@ class RunConfig:
     """Column of the pictures, where it is not plain."""
     label_column: str | None = None
     """Column of the classes, where it is not plain."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            check_value(field.name, getattr(self, field.name), hints[field.name])
+            _check_extent(field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(DataConfig):
+    """Looks for what is wrong with a data set. Exits with 0 where nothing is, with 1 after warnings, with 2 after errors."""
+
+    full: bool = False
+    """Also decode every picture: unreadable ones, odd kinds, duplicates."""
+    json: Path | None = None
+    """Also write the findings into this file."""
+    preset: Preset = "code"
+    """Preset of the rule, for the resolution that it would choose."""
+    seed: int = 0
+    """Of the split that is made where there is nothing to score, and of the sample of sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DataConfig):
+    """What can be asked of any run, whatever it trains."""
+
+    corrupt_images: Literal["raise", "quarantine"] = "raise"
+    """Unreadable pictures: raise stops and names one; quarantine decodes all before training, leaves them out and lists them in
+    quarantine.json."""
 
     model: str = DEFAULT_MODEL
     """bundled, a published architecture.tag (bit-mixup models), a .safetensors or .npz file, a folder, or a hub user/name."""
@@ -93,10 +123,7 @@ class RunConfig:
     """Also log through Accelerate to tensorboard, wandb, ..., if installed."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            check_value(field.name, getattr(self, field.name), hints[field.name])
-            _check_extent(field.name, getattr(self, field.name))
+        super().__post_init__()
         for name in ("log_every", "save_every", "keep_checkpoints", "micro_batch", "steps"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:

@@ -5,7 +5,7 @@ Torch is not imported: pictures leave as NumPy arrays of bytes.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from PIL.Image import Image as Picture
 
 from bit_mixup.errors import DataError, did_you_mean
 from bit_mixup.examples import LabelSets
-from bit_mixup.images import EXTENSIONS, decode, open_encoded
-from bit_mixup.sampling import Purpose, few_shot_rows, generator, stratified_rows
+from bit_mixup.images import EXTENSIONS, decode
+from bit_mixup.sampling import few_shot_rows, stratified_rows
 from bit_mixup.sources import TEST_SPLITS, Source, open_source
 
 UNLABELLED = -1
 TEST_FRACTION = 0.2
-SIZE_SAMPLE = 1000
 
 Labels = npt.NDArray[np.int64]
 
@@ -49,7 +48,8 @@ class Part:
 
     def subset(self, indices: npt.NDArray[np.int64]) -> "Part":
         """The examples at these indices of the part."""
-        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+        labels = self.labels.subset(indices) if isinstance(self.labels, LabelSets) else self.labels[indices]
+        return replace(self, rows=self.rows[indices], labels=labels)
 
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The undecoded pictures at these indices; raises DataError for a damaged file."""
@@ -57,6 +57,8 @@ class Part:
         rows = [int(self.rows[index]) for index in indices]
         try:
             pictures = self.pictures[rows][column]
+        except MemoryError:
+            raise
         except Exception as error:  # values of a damaged file show where they are read
             raise DataError(
                 f'{self.name} rows {rows[0]} to {rows[-1]}: "{column}" can not be read: {error}. Mend the file.'
@@ -96,6 +98,7 @@ class ImageDataset:
         label_column: where labels were found.
         notes: what was decided on the way, for people to read.
         revision: commit hash on the hub; None for data of this machine.
+        source: all splits as they were opened.
     """
 
     name: str
@@ -107,6 +110,7 @@ class ImageDataset:
     label_column: str
     notes: tuple[str, ...]
     revision: str | None
+    source: Source
 
     @property
     def num_classes(self) -> int:
@@ -135,6 +139,7 @@ def load_image_dataset(
     few_shot_seed: int = 0,
     validation_fraction: float = 0.0,
     seed: int = 0,
+    leave_out: Callable[[Part], Part] | None = None,
 ) -> ImageDataset:
     """Opens a data set and decides its columns, classes and parts.
 
@@ -151,17 +156,21 @@ def load_image_dataset(
         few_shot_seed: of that draw.
         validation_fraction: share of each class of the training split that is held out and scored apart.
         seed: of the splits that are made here.
+        leave_out: gives the examples of a split that may be used, before anything is drawn or held out. None: all.
 
     Raises:
         DataError: something is missing, ambiguous or out of range; the message names it.
     """
     opened = open_source(source, config=config, revision=revision)
     parts = open_parts(opened, train_split=train_split, test_split=None, image_column=image_column, label_column=label_column)
-    train, class_names, split = parts.train, parts.class_names, train_split
+    leave_out = leave_out or (lambda part: part)
+    train, class_names, split = leave_out(parts.train), parts.class_names, train_split
     notes = [f'pictures from column "{parts.image_column}", classes from "{parts.label_column}"']
     test, note = _test_part(opened, parts, test_split, seed)
     notes.append(note)
-    if test is None:
+    if test is not None:
+        test = leave_out(test)
+    else:
         test, train = _hold_out(train, TEST_FRACTION, seed=seed)
     validation = None
     if validation_fraction:
@@ -182,6 +191,7 @@ def load_image_dataset(
         label_column=parts.label_column,
         notes=tuple(notes),
         revision=opened.revision,
+        source=opened,
     )
 
 
@@ -268,7 +278,7 @@ def find_image_column(split: Dataset, asked: str | None, folder: Path) -> str:
     """The column of pictures: the one asked for, or the only one; raises DataError."""
     if asked is not None:
         name = _column(split, asked, "image_column")
-        if not isinstance(split.features[name], Image) and not _looks_like_pictures(split, name):
+        if not isinstance(split.features[name], Image) and not looks_like_pictures(split, name):
             raise DataError(
                 f'image_column "{name}" holds {split.features[name]}, not pictures: expected an Image feature, encoded bytes, or '
                 f"names of picture files ({', '.join(sorted(EXTENSIONS))})."
@@ -276,11 +286,12 @@ def find_image_column(split: Dataset, asked: str | None, folder: Path) -> str:
         return name
     features = [name for name, feature in split.features.items() if isinstance(feature, Image)]
     return _one_of(
-        features or [n for n in split.column_names if _looks_like_pictures(split, n)], split, "pictures", "image_column"
+        features or [n for n in split.column_names if looks_like_pictures(split, n)], split, "pictures", "image_column"
     )
 
 
-def _looks_like_pictures(split: Dataset, name: str) -> bool:
+def looks_like_pictures(split: Dataset, name: str) -> bool:
+    """Whether a column without an Image feature could hold pictures: encoded, or names of their files."""
     feature = split.features[name]
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}
@@ -295,7 +306,7 @@ def _looks_like_pictures(split: Dataset, name: str) -> bool:
 def _label_column(split: Dataset, asked: str | None, image_column: str) -> str:
     if asked is not None:
         name = _column(split, asked, "label_column")
-        if not isinstance(split.features[name], ClassLabel) and not _looks_like_labels(split, name):
+        if not isinstance(split.features[name], ClassLabel) and not looks_like_labels(split, name):
             kind = (
                 "lists (several labels for a picture)"
                 if isinstance(split.features[name], List | LargeList)
@@ -306,11 +317,12 @@ def _label_column(split: Dataset, asked: str | None, image_column: str) -> str:
             )
         return name
     features = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
-    by_type = [name for name in split.column_names if name != image_column and _looks_like_labels(split, name)]
+    by_type = [name for name in split.column_names if name != image_column and looks_like_labels(split, name)]
     return _one_of(features or by_type, split, "classes", "label_column")
 
 
-def _looks_like_labels(split: Dataset, name: str) -> bool:
+def looks_like_labels(split: Dataset, name: str) -> bool:
+    """Whether a column without a ClassLabel could hold classes: strings or whole numbers."""
     feature = split.features[name]
     return isinstance(feature, Value) and (feature.dtype in ("string", "large_string", "bool") or "int" in feature.dtype)
 
@@ -483,53 +495,3 @@ def _few_shot(train: Part, class_names: tuple[str, ...], examples_per_class: int
             f"{examples_per_class}. Lower it, or remove the class."
         )
     return train.subset(few_shot_rows(train.labels, examples_per_class, seed=seed))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SizeSummary:
-    """Sizes of a seeded sample of pictures.
-
-    Args:
-        median_area: in square pixels.
-        smallest: width and height of the smallest by area.
-        largest: width and height of the largest by area.
-        sampled: how many were looked at.
-        small_share: share of them below 96 x 96 pixels.
-    """
-
-    median_area: float
-    smallest: tuple[int, int]
-    largest: tuple[int, int]
-    sampled: int
-    small_share: float
-
-
-def summarize_sizes(part: Part, *, small_area: int, seed: int) -> SizeSummary:
-    """Reads the headers of at most 1,000 pictures of a part.
-
-    Raises:
-        DataError: one of them is not a picture.
-    """
-    indices = range(len(part))
-    if len(part) > SIZE_SAMPLE:
-        indices = np.sort(generator(seed, Purpose.SIZE_SAMPLE).permutation(len(part))[:SIZE_SAMPLE]).tolist()
-    sizes = []
-    for start in range(0, len(indices), 100):
-        chunk = list(indices[start : start + 100])
-        for index, encoded in zip(chunk, part.encoded(chunk), strict=True):
-            try:
-                with open_encoded(encoded) as image:
-                    sizes.append(image.size)
-            except Exception as error:  # decoders raise whatever they like on broken files
-                raise DataError(
-                    f"{part.where(index, encoded)} can not be opened as a picture ({type(error).__name__}: {error}). "
-                    "Mend or remove the file."
-                ) from error
-    areas = [width * height for width, height in sizes]
-    return SizeSummary(
-        median_area=float(np.median(areas)),
-        smallest=sizes[int(np.argmin(areas))],
-        largest=sizes[int(np.argmax(areas))],
-        sampled=len(sizes),
-        small_share=sum(area < small_area for area in areas) / len(areas),
-    )

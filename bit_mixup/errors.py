@@ -13,7 +13,7 @@ and beside it, as KeyboardInterrupt is beside Exception,
 Interrupted          a signal asked the run to stop
 
 Each message names the culprit, says what was expected, and how to mend it. The doors (command line, recipes) print it as one
-line without a traceback and exit with status 2.
+line without a traceback and exit with status 2. Names in it are as others chose them: what could steer a terminal is escaped.
 """
 
 import difflib
@@ -21,8 +21,28 @@ import signal
 from collections.abc import Iterable
 
 
+def shown(name: str, *, keep: str = "") -> str:
+    """A name of somebody else's choosing (a class, a file, a column) as a terminal may be given it.
+
+    Control characters, and with them what moves the cursor or sets colours, line breaks, marks that turn the direction of
+    writing, and invisible letters become escapes such as \\x1b. Doing it twice changes nothing more.
+
+    Args:
+        name: any text.
+        keep: letters to leave as they are, such as the line breaks of our own messages.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode() for letter in name
+    )
+
+
 class BitMixupError(Exception):
     """Base of all errors that bit_mixup raises on purpose."""
+
+    _line_breaks = "\n"  # messages that list something have lines
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, keep=self._line_breaks))
 
 
 class ConfigError(BitMixupError):
@@ -30,7 +50,9 @@ class ConfigError(BitMixupError):
 
 
 class DataError(BitMixupError):
-    """A data set, or one file or row of it, can not be used."""
+    """A data set, or one file or row of it, can not be used. Its message is one line, whatever classes and files are called."""
+
+    _line_breaks = ""
 
 
 class WeightsError(BitMixupError):

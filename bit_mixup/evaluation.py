@@ -1,6 +1,7 @@
 """How good is a model, in numbers?"""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torchmetrics.functional.classification import (
 )
 
 from bit_mixup.calibration import CalibrationReport, measure_calibration
-from bit_mixup.errors import DataError, NonFiniteError
+from bit_mixup.errors import DataError, NonFiniteError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +73,20 @@ class EvaluationReport:
         title = f"class ({worst} lowest)" if worst is not None and len(scored) > worst else "class"
         lines += [f"| {title} | accuracy | examples |", "|---|---|---|"]
         lines += [
-            f"| {_escape(name)} | {'-' if value is None else f'{value:.2%}'} | {self.class_support[name]:,} |"
+            f"| {in_markdown(name)} | {'-' if value is None else f'{value:.2%}'} | {self.class_support[name]:,} |"
             for value, name in chosen
         ]
         return "\n".join(lines) + "\n"
 
 
-def _escape(name: str) -> str:
-    """A class name that can not break out of its cell."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in name)
-    return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+# As numbered entities, which every reader of Markdown takes for text and none for structure.
+_MARKDOWN = str.maketrans({letter: f"&#{ord(letter)};" for letter in "`*[]|~<>&"} | {"\\": "\\\\"})
+_LINKS = re.compile(r"(?i)(?<=:)/(?=/)|(?<=\bwww)\.|(?<![^\W_])_|_(?![^\W_])")
+
+
+def in_markdown(name: str) -> str:
+    """A name of somebody else's choosing as text in Markdown: no cell, code, HTML, picture or link begins or ends in it."""
+    return _LINKS.sub(lambda found: f"&#{ord(found[0])};", shown(name).translate(_MARKDOWN))
 
 
 def _share(score: Tensor, count: int) -> float:
@@ -165,7 +170,7 @@ class MultiLabelReport:
             "",
             "| label | average precision | examples |",
             "|---|---|---|",
-            *(f"| {_escape(name)} | {found[name]:.2%} | {self.label_support[name]:,} |" for name in order),
+            *(f"| {in_markdown(name)} | {found[name]:.2%} | {self.label_support[name]:,} |" for name in order),
         ]
         return "\n".join(lines) + "\n"
 

@@ -43,6 +43,13 @@ class LabelSets:
         """2, as of the table that it stands for."""
         return 2
 
+    def subset(self, indices: npt.NDArray[np.int64]) -> "LabelSets":
+        """Those of some pictures, as short as they are."""
+        lengths = np.diff(self.offsets)[indices]
+        kept = [self.values[self.offsets[index] : self.offsets[index + 1]] for index in indices]
+        values = np.concatenate([*kept, np.empty(0, dtype=np.int64)])
+        return LabelSets(values, np.concatenate([[0], np.cumsum(lengths)]), self.num_classes)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -6,7 +6,8 @@ happens later, on the device and in batches (`bit_mixup.models.normalize`).
 
 import io
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation: int | None = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # the EXIF block is broken in one of many ways; the pixels need not be
-        return image
+        return None
+    return orientation if orientation in _TURNS else None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
     # Not ImageOps.exif_transpose: it writes the other tags anew, and fails where one of them is broken.
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+    return image if orientation is None else image.transpose(_TURNS[orientation])
 
 
 def _scale_16_bits(image: Image.Image) -> Image.Image:
@@ -79,16 +85,37 @@ def _scale_16_bits(image: Image.Image) -> Image.Image:
 
 
 def open_encoded(encoded: dict[str, Any]) -> Image.Image:
-    """Opens a picture as the `datasets` library stores it, {"bytes": ..., "path": ...}; only its header is read."""
-    with _unconcerned():
-        if encoded.get("bytes") is not None:
-            return Image.open(io.BytesIO(encoded["bytes"]))
-        return Image.open(Path(encoded["path"]))
+    """Opens a picture as the `datasets` library stores it, {"bytes": ..., "path": ...}; only its header is read.
+
+    Raises:
+        DataError: the header declares more pixels than PIL's limit, so that decoding might fill the memory.
+    """
+    file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") is not None else Path(encoded["path"])
+    try:
+        with _unconcerned():
+            image = Image.open(file)
+    except Image.DecompressionBombError as error:  # beyond twice the limit
+        raise DataError(f"a decompression bomb? {error}. {_SMALLER}") from error
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:  # PIL itself would only warn
+        image.close()
+        raise DataError(f"a decompression bomb? Its header declares {pixels:,} pixels, the limit is {limit:,}. {_SMALLER}")
+    return image
 
 
-def _unconcerned() -> AbstractContextManager[Any]:
-    """Keeps PIL from warning of broken tags in a picture that it can read: it names no file, and does so in each pass anew."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+_SMALLER = "Save the picture smaller, or remove it."
+
+
+@contextmanager
+def _unconcerned() -> Iterator[None]:
+    """Keeps PIL from warning of broken tags in a picture that it can read: it names no file, and does so in each pass anew.
+
+    Of many pixels it warns as well, where `open_encoded` refuses them.
+    """
+    with warnings.catch_warnings():
+        for category in (UserWarning, Image.DecompressionBombWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 def decode(encoded: dict[str, Any], *, where: str) -> Image.Image:
@@ -102,10 +129,34 @@ def decode(encoded: dict[str, Any], *, where: str) -> Image.Image:
             return to_rgb(image)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+    except MemoryError:  # of the machine, not of the picture
+        raise
     except Exception as error:  # decoders raise whatever they like on broken files
         raise DataError(
             f"{where} can not be decoded as a picture ({type(error).__name__}: {error}). Mend or remove the file."
         ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the header of a picture says.
+
+    Args:
+        size: width and height in pixels, as stored.
+        mode: PIL's name of how pixels are stored, and whether a palette or the like has transparency.
+        turned: whether an EXIF orientation says that the picture is not upright.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    turned: bool
+
+
+def read_traits(encoded: dict[str, Any]) -> Traits:
+    """Of a picture that can be opened."""
+    with _unconcerned(), open_encoded(encoded) as image:
+        transparent = " with transparency" if "transparency" in image.info else ""
+        return Traits(size=image.size, mode=f"{image.mode}{transparent}", turned=_orientation(image) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

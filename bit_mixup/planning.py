@@ -9,14 +9,16 @@ import numpy as np
 from bit_mixup.catalog import PUBLISHED
 from bit_mixup.config import Resolution, TransferConfig, resolve
 from bit_mixup.corruption import CorruptedLabels, corrupt_labels
-from bit_mixup.data import ImageDataset, SizeSummary, load_image_dataset, summarize_sizes
+from bit_mixup.data import ImageDataset, load_image_dataset
+from bit_mixup.doctor import Finding, column_findings, examine
 from bit_mixup.environment import Environment, read_environment
-from bit_mixup.errors import ConfigError
+from bit_mixup.errors import ConfigError, shown
 from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_AREA, rate_table, size_class
 from bit_mixup.images import View
 from bit_mixup.laws import TrainingLaw, check_rule
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
+from bit_mixup.scanning import Quarantine, SizeSummary, quarantine_note, refuse_empty, summarize_sizes
 from bit_mixup.storage import plain_values
 from bit_mixup.theory import best_train_accuracy, loss_floor
 from bit_mixup.weights import BUNDLED_FOLDER, Weights, fetch, find_weights, size_text
@@ -37,6 +39,8 @@ class Plan:
         run: where files go.
         corruption: which training labels were replaced by wrong ones, if that was asked for.
         attacker: the model whose adversarial pictures are tried, if that was asked for.
+        findings: what the doctor's fast checks have found.
+        quarantined: name and reason of each unreadable picture that is left out, if that was asked for.
     """
 
     config: TransferConfig
@@ -49,6 +53,8 @@ class Plan:
     run: RunFolder
     corruption: CorruptedLabels | None = None
     attacker: Weights | None = None
+    findings: tuple[Finding, ...] = ()
+    quarantined: tuple[dict[str, str], ...] = ()
 
     @property
     def view(self) -> View:
@@ -110,6 +116,7 @@ class Plan:
         """The plan for people: headings, and lines under each."""
         return [
             ("data", self._data_lines()),
+            ("doctor", self._doctor_lines()),
             ("weights", self._weight_lines()),
             ("rule", self._rule_lines()),
             ("mixup", self._mixup_lines()),
@@ -122,7 +129,7 @@ class Plan:
         """The plan as it is printed."""
         lines = []
         for heading, entries in self.sections():
-            lines += [f"{heading if index == 0 else '':<9} {entry}" for index, entry in enumerate(entries)]
+            lines += [f"{heading if index == 0 else '':<9} {shown(entry)}" for index, entry in enumerate(entries)]
         return "\n".join(lines)
 
     def _mark(self, name: str) -> str:
@@ -143,6 +150,12 @@ class Plan:
             f"{looked}: median area {sizes.median_area:,.0f} px, from {sizes.smallest[0]}x{sizes.smallest[1]} to "
             f"{sizes.largest[0]}x{sizes.largest[1]}; {other:.0%} on the other side of 96x96",
         ]
+
+    def _doctor_lines(self) -> list[str]:
+        lines = [finding.as_line() for finding in self.findings if finding.severity != "note"]
+        if self.quarantined:
+            lines.append(quarantine_note(self.quarantined))
+        return lines or ["nothing to object to in columns, labels, classes and file sizes (bit-mixup doctor --full decodes all)"]
 
     def _weight_lines(self) -> list[str]:
         weights = self.weights
@@ -256,6 +269,7 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
     if not weights.architecture:  # of a repository only its own configuration says what is in it
         weights = fetch(weights, revision=config.revision)
+    quarantine = Quarantine(progress=environment.num_processes == 1)
     data = load_image_dataset(
         config.dataset if source is None else source,
         config=config.dataset_config,
@@ -268,6 +282,7 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         few_shot_seed=config.few_shot_seed,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
+        leave_out=quarantine.leave_out if config.corrupt_images == "quarantine" else None,
     )
     if to_be_run:
         run.check_space(weights.shape.parameter_count(data.num_classes), keep_checkpoints=config.keep_checkpoints)
@@ -276,10 +291,14 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         corruption = corrupt_labels(data.train.labels, config.corrupt_labels, num_classes=data.num_classes, seed=config.seed)
         note = f"NOTE: {corruption.corrupted.sum():,} training labels are replaced by wrong ones, as asked"
         data = replace(data, train=replace(data.train, labels=corruption.labels), notes=(*data.notes, note))
+    for part in (data.train, data.test, data.validation):
+        if part is not None:
+            refuse_empty(part)
     sizes = summarize_sizes(data.train, small_area=SMALL_IMAGE_AREA, seed=config.seed)
     for part in (data.test, data.validation):
         if part is not None:  # a broken file is better met before training than after it
             summarize_sizes(part, small_area=SMALL_IMAGE_AREA, seed=config.seed)
+    findings = [*column_findings(data), *examine(data, sizes, few_shot=config.examples_per_class is not None)]
     resolution = resolve(config, num_examples=len(data.train), image_area=sizes.median_area, weights=weights)
     law = config.law(resolution.hyper.mixup_alpha)
     shrinks = law.input_shrink < 1 or law.label_shrink < 1
@@ -296,6 +315,8 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         run=run,
         corruption=corruption,
         attacker=_find_attacker(config, data, weights),
+        findings=tuple(findings),
+        quarantined=tuple(quarantine.left_out),
     )
 
 

@@ -18,8 +18,8 @@ from timm.models.resnetv2 import ResNetV2
 from bit_mixup.augmentation import InceptionView
 from bit_mixup.config import DistillConfig, PretrainConfig, configure, resolve_upstream
 from bit_mixup.environment import Environment, read_environment
-from bit_mixup.errors import ConfigError
-from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label
+from bit_mixup.errors import ConfigError, shown
+from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label, in_markdown
 from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters, rate_table
 from bit_mixup.images import View
@@ -39,6 +39,7 @@ from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, S
 from bit_mixup.prediction import predict_logits
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import MicroBatch, cut_batch, fitting_micro_batch
+from bit_mixup.scanning import Quarantine, quarantine_note, refuse_empty
 from bit_mixup.storage import plain_values, read_json, whole_folder, write_json, write_text
 from bit_mixup.training import fit_micro_batch, train
 from bit_mixup.upstream import Upstream, load_upstream
@@ -63,6 +64,7 @@ class PretrainPlan:
         law: whether and how pictures are mixed.
         run: where files go.
         teacher: of distillation, on this machine or still on the hub.
+        quarantined: name and reason of each unreadable picture that is left out, if that was asked for.
     """
 
     config: PretrainConfig
@@ -75,6 +77,7 @@ class PretrainPlan:
     law: TrainingLaw
     run: RunFolder
     teacher: Weights | None = None
+    quarantined: tuple[dict[str, str], ...] = ()
 
     def memory_bytes(self, examples: int) -> int:
         """Estimate in bytes for each process, for backward passes of some examples; beside a teacher."""
@@ -129,6 +132,7 @@ class PretrainPlan:
         lines = [
             ("data", f"{data.name}: {len(data.train):,} examples, {len(data.class_names):,} classes; {labels}"),
             *(("", note) for note in data.notes),
+            *([("", quarantine_note(self.quarantined))] if self.quarantined else []),
             ("network", f"{self.network.architecture}: {size_text(body, '')} parameters and a head, from {start}, "
                         f"seed {self.config.seed}"),
             ("recipe", f"{hyper.steps:,} steps of SGD, momentum {hyper.momentum}, weight decay {hyper.weight_decay:g}"),
@@ -145,7 +149,7 @@ class PretrainPlan:
             *(("", note) for note in self.environment.notes),
             ("writes", f"{self.run.path}/"),
         ]  # fmt: skip
-        return "\n".join(f"{heading:<9} {entry}" for heading, entry in lines)
+        return "\n".join(f"{heading:<9} {shown(entry)}" for heading, entry in lines)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -209,6 +213,7 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
     network = find_network(config.model)
     run = RunFolder(config.output_dir or default_folder(config.dataset.removesuffix(".npz"), network.short_name, config.seed))
     run.check(config.as_json(), resume=config.resume, overwrite=config.overwrite)
+    quarantine = Quarantine(progress=environment.num_processes == 1)
     data = load_upstream(
         config.dataset if source is None else source,
         config=config.dataset_config,
@@ -217,6 +222,7 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
         test_split=config.test_split,
         image_column=config.image_column,
         label_column=config.label_column,
+        leave_out=quarantine.leave_out if config.corrupt_images == "quarantine" else refuse_empty,
     )
     hyper = resolve_upstream(config, num_examples=len(data.train), weights=network)
     run.check_space(network.shape.parameter_count(len(data.class_names)), keep_checkpoints=config.keep_checkpoints)
@@ -247,6 +253,7 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
         law=law,
         run=run,
         teacher=find_weights(config.teacher) if isinstance(config, DistillConfig) else None,
+        quarantined=tuple(quarantine.left_out),
     )
 
 
@@ -283,9 +290,12 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
         record: dict[str, Any] = {
             "resolved": {**plan.resolved(), "std_eps": config.std_eps or TIMM_STD_EPS},
             "notes": list(plan.data.notes),
+            "quarantined": len(plan.quarantined),
             "environment": record_environment(plan.environment, plan.cuts),
         }
         run.open(config.as_json(), record, overwrite=config.overwrite)
+        if plan.quarantined:
+            write_json(run.quarantine, list(plan.quarantined))
         print(plan.text())
         note_other_environment(read_json(run.plan)["environment"], record["environment"])
         print(flush=True)
@@ -370,7 +380,8 @@ def _write(plan: PretrainPlan, model: ResNetV2, report: EvaluationReport | Multi
         save_model(model, folder, label_names=names, view=plan.saved_view, std_eps=plan.config.std_eps or TIMM_STD_EPS)
     if report is not None:
         write_json(run.report, report.as_dict())
-        write_text(run.table, f"# {plan.data.name}, {plan.network.name}, seed {plan.config.seed}\n\n{report.table()}")
+        title = in_markdown(f"{plan.data.name}, {plan.network.name}, seed {plan.config.seed}")
+        write_text(run.table, f"# {title}\n\n{report.table()}")
         print(f"\n{report.table(worst=10)}")
     losses = [row["loss"] for row in run.read_metrics()]
     last = losses[-100:]

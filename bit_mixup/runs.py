@@ -3,6 +3,7 @@
 config.json   what was asked          plan.json      what that resolved to
 metrics.jsonl a line for each step    checkpoints/   whole or absent
 scores.jsonl  test scores on the way  (where asked for)
+quarantine.json unreadable pictures   (where leaving them out was asked for, and there are any)
 model/        timm's hub layout       report.json, report.md, reliability.png (with diagnostics)
 """
 
@@ -84,6 +85,10 @@ class RunFolder:
     def nonfinite(self) -> Path:
         return self.path / "nonfinite.json"
 
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine.json"
+
     def written(self) -> list[tuple[Path, str]]:
         """The files of a finished run, and what is in them."""
         files = [
@@ -94,6 +99,7 @@ class RunFolder:
             (self.metrics, "loss and rate of each step"),
             (self.scores, "test scores on the way"),
             (self.plan, "what was decided"),
+            (self.quarantine, "unreadable pictures that were left out"),
             (self.config, "what was asked"),
         ]
         return [(path, what) for path, what in files if path.exists()]
@@ -190,7 +196,8 @@ class RunFolder:
         """Removes what a run writes, and nothing else; `config.json` last, so that what is left still looks like a run."""
         for folder in (self.checkpoints, self.model, self.path / TRACKER_PROJECT):
             remove_folder(folder)
-        for file in (self.metrics, self.scores, self.report, self.table, self.diagram, self.nonfinite, self.plan, self.config):
+        files = (self.metrics, self.scores, self.report, self.table, self.diagram, self.nonfinite, self.quarantine)
+        for file in (*files, self.plan, self.config):
             file.unlink(missing_ok=True)
 
     def trim_metrics(self, step: int) -> None:

@@ -5,15 +5,18 @@ knows which column is which, and torch is not imported.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from datasets.data_files import EmptyDatasetError
 from datasets.packaged_modules.cache.cache import Cache
 
+from bit_mixup.archives import ARCHIVES, is_archive, list_members, read_members
 from bit_mixup.errors import DataError, did_you_mean
 from bit_mixup.hub import explain, first_line, take_out_if_damaged
 from bit_mixup.images import EXTENSIONS
@@ -45,8 +48,8 @@ def open_source(source: str | Dataset | DatasetDict, *, config: str | None = Non
 
     Args:
         source: "digits" (in the package); an in-memory data set; a folder of class folders, or of split folders (train, test,
-            ...) of class folders; a csv, tsv, parquet, json or jsonl file, or a folder of them; a folder written by
-            `save_to_disk`; or the id of a data set on the hub.
+            ...) of class folders; a .zip, .tar or .tar.gz of such a folder; a csv, tsv, parquet, json or jsonl file, or a
+            folder of them; a folder written by `save_to_disk`; or the id of a data set on the hub.
         config: of a hub data set that has several.
         revision: branch, tag or commit of a hub data set.
 
@@ -88,9 +91,12 @@ def _open_local(name: str) -> Source | None:
 
 
 def _from_file(path: Path) -> Source:
+    if is_archive(path):
+        return _from_archive(path)
     if path.suffix.lower() not in _DATA_FILES:
         raise DataError(
-            f'{path}: data files end in {", ".join(_DATA_FILES)}, not "{path.suffix}". Unpack archives into class folders.'
+            f'{path}: data files end in {", ".join(_DATA_FILES)}, archives in {", ".join(ARCHIVES)}, not "{path.suffix}". '
+            "Unpack other archives into class folders."
         )
     return _read_files(_DATA_FILES[path.suffix.lower()], {"train": [path]})
 
@@ -138,29 +144,107 @@ def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
     """One class for each folder; their order is that of the training folders' sorted names in all splits.
 
     The `datasets` library's own image-folder loader is not used: it takes class folders whose name holds "test" or "train" for
-    splits, and drops labels when it meets a metadata file.
+    splits, labels archives by the name of the archive's folder, and drops labels when it meets a metadata file.
     """
-    names = sorted(entry.name for entry in split_folders["train"].iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
-    splits = {}
+    tree = {}
     for split, folder in split_folders.items():
-        columns: dict[str, list[object]] = {"image": [], "label": []}
-        for entry in sorted(folder.iterdir()):
-            if not entry.is_dir() or entry.name.startswith("."):
-                continue
+        entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        tree[split] = {entry: _pictures(entry) for entry in entries}
+    names, rows = _label(tree, split_folders["train"])
+    splits = {}
+    for split, (files, labels) in rows.items():
+        columns = {"image": [{"path": str(file), "bytes": None} for file in files], "label": labels}
+        splits[split] = Dataset.from_dict(columns, features=_labelled_pictures(names))
+    return Source(splits=splits, folder=root)
+
+
+def _labelled_pictures(names: list[str]) -> Features:
+    return Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+
+
+def _label(tree: dict[str, dict[Path, list[Path]]], train: Path) -> tuple[list[str], dict[str, tuple[list[Path], list[int]]]]:
+    """Class names, and the pictures of each split with their labels, from the pictures in the class folders of each split."""
+    names = sorted(entry.name for entry in tree["train"])
+    rows = {}
+    for split, classes in tree.items():
+        files: list[Path] = []
+        labels: list[int] = []
+        for entry, pictures in classes.items():
             if entry.name not in names:
-                raise DataError(
-                    f"{entry} is a class that {split_folders['train']} lacks{did_you_mean(entry.name, names)}. Rename it."
-                )
-            pictures = _pictures(entry)
+                raise DataError(f"{entry} is a class that {train} lacks{did_you_mean(entry.name, names)}. Rename it.")
             for path in (entry, *pictures):
                 _check_name(path)
-            if not pictures and folder == split_folders["train"]:
+            if not pictures and split == "train":
                 raise DataError(f"{entry} holds no pictures ({', '.join(sorted(EXTENSIONS))}). Fill it or remove it.")
-            columns["image"] += [{"path": str(file), "bytes": None} for file in pictures]
-            columns["label"] += [names.index(entry.name)] * len(pictures)
-        splits[split] = Dataset.from_dict(columns, features=features)
-    return Source(splits=splits, folder=root)
+            files += pictures
+            labels += [names.index(entry.name)] * len(pictures)
+        rows[split] = files, labels
+    return names, rows
+
+
+def _from_archive(path: Path) -> Source:
+    """The same from the members of an archive, labelled by their paths in it.
+
+    Members are not unpacked into files. Their bytes go into the cache of the `datasets` library, which finds them there again
+    as long as the archive is the same.
+    """
+    listed, folders = list_members(path)
+    hidden = {name for name in {*listed, *folders} if any(part.startswith(".") or part == "__MACOSX" for part in name.parts)}
+    pictures = [name for name in listed if name.suffix.lower() in EXTENSIONS and name not in hidden]
+    if not pictures:
+        raise DataError(f"{path} holds no pictures ({', '.join(sorted(EXTENSIONS))}). Name an archive of class folders.")
+    folders -= hidden
+
+    def inside(folder: PurePosixPath) -> list[PurePosixPath]:
+        return sorted(name for name in folders if name.parent == folder)
+
+    top = PurePosixPath()
+    while len(inside(top)) == 1 and inside(inside(top)[0]):  # the folder that was packed, not one of classes
+        top = inside(top)[0]
+    split_folders = {name.name.lower(): name for name in inside(top) if name.name.lower() in _SPLIT_FOLDERS}
+    if "train" not in split_folders or not inside(split_folders["train"]):
+        split_folders = {"train": top}
+    found = {entry: list[PurePosixPath]() for folder in split_folders.values() for entry in inside(folder)}
+    for picture in pictures:
+        for entry in picture.parents:
+            if entry in found:
+                found[entry].append(picture)
+    if not any(found.values()):
+        raise DataError(f"{path} holds pictures, but no class folders with pictures in them. Pack one folder for each class.")
+    tree = {
+        split: {path / entry: [path / name for name in sorted(found[entry])] for entry in inside(folder)}
+        for split, folder in split_folders.items()
+    }
+    names, rows = _label(tree, path / split_folders["train"])
+    status = path.stat()
+    version = repr((str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, names, listed))
+    splits = {}
+    for split, (files, labels) in rows.items():
+        wanted = dict(zip((PurePosixPath(file.relative_to(path)) for file in files), labels, strict=True))
+        splits[split] = _read_archive(path, split, listed, wanted, _labelled_pictures(names), version)
+    return Source(splits=splits, folder=path.parent)
+
+
+def _read_archive(
+    path: Path, split: str, listed: list[PurePosixPath], wanted: dict[PurePosixPath, int], features: Features, version: str
+) -> Dataset:
+    """Members as rows, in the order of `wanted`, with their labels; read in the order of the archive, which may be a stream."""
+
+    def read() -> Iterator[dict[str, object]]:
+        for name, content in read_members(path, wanted):
+            yield {"image": {"bytes": content, "path": str(path / name)}, "label": wanted[name]}
+
+    if not wanted:
+        return Dataset.from_dict({"image": [], "label": []}, features=features)
+    fingerprint = sha256(f"{split} {version}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    try:
+        rows: Dataset = _quietly(lambda: Dataset.from_generator(read, features=features, fingerprint=fingerprint))
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from error
+        raise DataError(f"{path} can not be read: {error.__cause__ or error}") from error
+    position = {name: row for row, name in enumerate(name for name in listed if name in wanted)}
+    return rows.select([position[name] for name in wanted])
 
 
 def _check_name(path: Path) -> None:
@@ -179,14 +263,14 @@ def _read_files(kind: str, files: dict[str, list[Path]]) -> Source:
     paths = {split: [str(file) for file in part] for split, part in files.items()}
     read: Callable[..., DatasetDict] = datasets.load_dataset
     try:
-        splits = _quietly(lambda: read(kind, data_files=paths, **options))
+        splits: DatasetDict = _quietly(lambda: read(kind, data_files=paths, **options))
     except Exception as error:
         cause = error.__cause__ or error
         raise DataError(f"{', '.join(map(str, every))} can not be read as {kind}: {cause}") from error
     return Source(splits=dict(splits), folder=every[0].parent)
 
 
-def _quietly(read: Callable[[], DatasetDict]) -> DatasetDict:
+def _quietly(read: Callable[[], Any]) -> Any:
     """Reads local files without the progress bars that only downloads deserve."""
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -7,6 +7,7 @@ nothing is held out, and arrays in memory or in an .npz file do as well, for mac
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ def load_upstream(
     test_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    leave_out: Callable[[Part], Part] | None = None,
 ) -> Upstream:
     """Opens a data set to pre-train on.
 
@@ -70,6 +72,7 @@ def load_upstream(
         test_split: the split to score; None for none.
         image_column: None: the one column of pictures.
         label_column: None: the one column of classes. A column of lists gives several labels to a picture.
+        leave_out: gives the examples of a split that may be used. None: all. Arrays are taken whole.
 
     Raises:
         DataError: something is missing, ambiguous or out of range; the message names it.
@@ -79,7 +82,11 @@ def load_upstream(
         arrays = ArrayImages.load(Path(source).expanduser())
     if arrays is None:
         return _from_columns(
-            source, config, revision, _Columns(train=train_split, test=test_split, image=image_column, label=label_column)
+            source,
+            config,
+            revision,
+            _Columns(train=train_split, test=test_split, image=image_column, label=label_column),
+            leave_out or (lambda part: part),
         )
     asked = {"test_split": test_split, "image_column": image_column, "label_column": label_column, "dataset_config": config}
     for name, value in asked.items():
@@ -115,7 +122,9 @@ class _Columns:
     lists: dict[str, Any] = field(default_factory=dict)
 
 
-def _from_columns(source: Any, config: str | None, revision: str | None, asked: _Columns) -> Upstream:
+def _from_columns(
+    source: Any, config: str | None, revision: str | None, asked: _Columns, leave_out: Callable[[Part], Part]
+) -> Upstream:
     from bit_mixup.data import open_parts
     from bit_mixup.sources import open_source
 
@@ -123,7 +132,7 @@ def _from_columns(source: Any, config: str | None, revision: str | None, asked: 
     lists = _list_column(opened, asked)
     name = source if isinstance(source, str) else "memory"
     if lists is not None:
-        return _from_lists(opened, asked, lists, name)
+        return _from_lists(opened, asked, lists, name, leave_out)
     parts = open_parts(
         opened,
         train_split=asked.train,
@@ -131,7 +140,7 @@ def _from_columns(source: Any, config: str | None, revision: str | None, asked: 
         image_column=asked.image,
         label_column=asked.label,
     )
-    train, test = parts.train, parts.test
+    train, test = leave_out(parts.train), leave_out(parts.test) if parts.test else None
     return Upstream(
         name=name,
         class_names=parts.class_names,
@@ -167,7 +176,7 @@ def _is_plain(feature: Any) -> bool:
     return "string" in dtype or "int" in dtype
 
 
-def _from_lists(opened: Source, asked: _Columns, column: str, name: str) -> Upstream:
+def _from_lists(opened: Source, asked: _Columns, column: str, name: str, leave_out: Callable[[Part], Part]) -> Upstream:
     from bit_mixup.data import find_image_column, pick_split, undecoded_part
 
     split = pick_split(opened, asked.train, "train_split")
@@ -184,7 +193,7 @@ def _from_lists(opened: Source, asked: _Columns, column: str, name: str) -> Upst
                 raise DataError(f'split "{place}" has no column "{name_of_column}", which {flag} names.')
         by_name = _index_by_name(rows.features[column], data.features[column], class_names)
         labels = _multi_hot(rows[column][:], index if by_name is None else by_name, f'"{column}" of {place}', class_names)
-        parts.append(undecoded_part(opened, place, image_column, labels))
+        parts.append(leave_out(undecoded_part(opened, place, image_column, labels)))
     train, test = parts[0], parts[1] if len(parts) > 1 else None
     _check_classes(train.labels, f'"{column}" of {split}')
     per_picture = len(train.labels.values) / len(train)

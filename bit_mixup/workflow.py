@@ -15,7 +15,7 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
 from bit_mixup.config import TransferConfig, configure
-from bit_mixup.evaluation import EvaluationReport
+from bit_mixup.evaluation import EvaluationReport, in_markdown
 from bit_mixup.examples import EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
 from bit_mixup.expansion import DataMeans
 from bit_mixup.interruption import Interruption
@@ -124,6 +124,8 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
         resolved = {**plan.resolved(), "std_eps": std_eps}
         record = _record(plan, resolved)
         run.open(config.as_json(), record, overwrite=config.overwrite)
+        if plan.quarantined:
+            write_json(run.quarantine, list(plan.quarantined))
         print(plan.text())
         note_other_environment(read_json(run.plan)["environment"], record["environment"])
         print(
@@ -197,6 +199,8 @@ def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
     return {
         "resolved": resolved,
         "notes": list(plan.data.notes),
+        "doctor": [finding.as_dict() for finding in plan.findings],
+        "quarantined": len(plan.quarantined),
         "environment": record_environment(plan.environment, plan.cuts),
         "rows": _few_shot_rows(plan),
     }
@@ -213,8 +217,10 @@ def _write(plan: Plan, model: ResNetV2, record: MixupRecord, judged: Judgement, 
         save_model(model, folder, label_names=plan.data.class_names, view=plan.view, std_eps=std_eps)
         record.save(folder)
         judged.choice.save(folder)
-    write_json(run.report, judged.as_dict())
-    write_text(run.table, f"# {plan.data.name}, {plan.weights.name}, seed {plan.config.seed}\n\n{judged.table()}")
+    write_json(run.report, judged.as_dict() | {"quarantined": len(plan.quarantined)})
+    title = in_markdown(f"{plan.data.name}, {plan.weights.name}, seed {plan.config.seed}")
+    left_out = f"{len(plan.quarantined):,} unreadable picture(s) were left out (quarantine.json).\n\n" if plan.quarantined else ""
+    write_text(run.table, f"# {title}\n\n{left_out}{judged.table()}")
     if judged.diagnosis is not None:
         title = f"{plan.data.name}, {plan.weights.name}, predicted by the rule {judged.choice.rule}"
         save_figure(reliability_diagram(judged.report.calibration.bins, title=title), run.diagram)

@@ -298,8 +298,8 @@ CASES: dict[str, Case] = {
     "empty folder": (DataError, "nothing holds neither class folders.*train.csv, train.parquet", empty_folder),
     "wrong suffix": (
         DataError,
-        'pictures.zip: data files end in .csv.* not ".zip".*Unpack',
-        lambda place: {"dataset": place.file("pictures.zip")},
+        'pictures.rar: data files end in .csv.*archives in .zip.* not ".rar".*Unpack',
+        lambda place: {"dataset": place.file("pictures.rar")},
     ),
     "broken parquet": (
         DataError,

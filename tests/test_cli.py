@@ -35,7 +35,14 @@ def says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("line", ["", "--help", "-h"])
 def test_usage_names_every_command(line: str, says) -> None:
-    assert re.findall(r"^  ([a-z-]+)   ", says(line), re.MULTILINE) == ["fine-tune", "plan", "models", "pretrain", "distill"]
+    assert re.findall(r"^  ([a-z-]+)   ", says(line), re.MULTILINE) == [
+        "fine-tune",
+        "plan",
+        "doctor",
+        "models",
+        "pretrain",
+        "distill",
+    ]
 
 
 @pytest.mark.parametrize("command", ["fine-tune", "plan"])

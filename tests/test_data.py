@@ -14,10 +14,11 @@ from hub import LoopbackHub
 from PIL import Image as Pillow
 from sklearn.datasets import load_digits
 
-from bit_mixup.data import ImageDataset, Part, load_image_dataset, summarize_sizes
+from bit_mixup.data import ImageDataset, Part, load_image_dataset
 from bit_mixup.errors import DataError
 from bit_mixup.examples import EvaluationView, TrainingStream
 from bit_mixup.images import View, decode
+from bit_mixup.scanning import summarize_sizes
 from bit_mixup.sources import DIGITS_FOLDER
 
 NAMES = ["cat", "dog", "test_tubes"]  # the last looks like a split to the `datasets` library's own image folders

@@ -12,7 +12,7 @@ import pytest
 
 import bit_mixup
 from bit_mixup import cli
-from bit_mixup.config import DistillConfig, PretrainConfig, RunConfig, TransferConfig
+from bit_mixup.config import DataConfig, DistillConfig, PretrainConfig, RunConfig, TransferConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
@@ -23,12 +23,25 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A file imports only from floors below its own, so files of one floor never import each other.
 FLOORS = [
     {"errors", "catalog", "voting", "hub"},
-    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives", "interruption"},
+    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives", "interruption", "archives"},
     {"laws", "corruption", "calibration", "expansion", "images", "runs", "loading", "memory"},
-    {"mixup", "unmixing", "evaluation", "config", "augmentation", "examples", "sources", "models", "checkpoint", "plots"},
+    {
+        "mixup",
+        "unmixing",
+        "evaluation",
+        "config",
+        "augmentation",
+        "examples",
+        "sources",
+        "models",
+        "checkpoint",
+        "plots",
+        "scanning",
+    },
     {"losses", "data", "prediction", "diagnostics", "launching"},
-    {"training", "upstream", "planning"},
-    {"judging", "pretraining"},
+    {"training", "upstream", "doctor"},
+    {"planning", "pretraining"},
+    {"judging"},
     {"workflow"},
     {"cli"},
     {"__main__"},
@@ -80,7 +93,7 @@ def test_every_file_is_on_one_floor() -> None:
 
 def test_contributing_shows_the_floors() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    shown = [set(re.findall(r"\w+", names)) for names in re.findall(r"^\| \d \| ([^|]+) \|", text, re.MULTILINE)]
+    shown = [set(re.findall(r"\w+", names)) for names in re.findall(r"^\| \d+ \| ([^|]+) \|", text, re.MULTILINE)]
     assert shown == FLOORS
 
 
@@ -204,7 +217,7 @@ def dry_run(words: list[str]) -> list[list[str]]:
     return [shlex.split(line) for line in done.stdout.splitlines() if re.match(r"\S*(bit-mixup|torchrun|accelerate) ", line)]
 
 
-def parse(words: list[str]) -> RunConfig | None:
+def parse(words: list[str]) -> DataConfig | None:
     """Gives a command line to the parsers that it would meet; None for commands without a configuration."""
     program, *rest = words
     program = Path(program).name
@@ -222,6 +235,8 @@ def parse(words: list[str]) -> RunConfig | None:
     command, *rest = rest
     if command == "models":
         return None
+    if command == "doctor":
+        return cli._doctor_configuration(rest)
     kinds: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "distill": DistillConfig}
     if command in kinds:
         return cli._configuration(rest, kinds[command], prog=command)
@@ -253,7 +268,7 @@ def test_make_lines_of_the_readme_expand_to_commands_that_parse() -> None:
 def test_every_make_target_expands_to_commands_that_parse() -> None:
     assert len(targets()) >= 15
     configurations = [parse(words) for words in dry_run(sorted(targets()))]
-    assert len(configurations) == 10, "fine-tune, the paper's five, plan, models, pretrain and distill"
+    assert len(configurations) == 11, "fine-tune, the paper's five, plan, doctor, models, pretrain and distill"
     paper = [config for config in configurations if config and config.dataset != "digits"]
     assert len(paper) == 5
     for config in paper:
@@ -263,5 +278,5 @@ def test_every_make_target_expands_to_commands_that_parse() -> None:
         assert config.image_column
     words = dry_run(["fine-tune", "NPROC=4", "ARGS=--seed 1"])[0]
     several = parse(words)
-    assert several is not None
+    assert isinstance(several, RunConfig)
     assert (Path(words[0]).name, several.dataset, several.seed) == ("torchrun", "digits", 1)
