@@ -6,9 +6,9 @@
 
 A small run (60 steps of a tiny BiT on the bundled digits, with mixup) is trained once undisturbed, with a checkpoint at each
 step. Then the same run is started with --resume, killed at a random moment and started again until it ends, and another one is
-begun, until there were so many kills. Six of ten kills are SIGKILL, the others SIGTERM, SIGUSR1, or SIGINT twice: of these half come
-at once, as an echo, and half while the process is held for more than a second, which has it ended on the spot in the midst of a
-step or a checkpoint. A third of the moments is uniform over the life of the process; for the others the run's folder is watched,
+begun, until there were so many kills. Six of ten kills are SIGKILL, the others SIGTERM, SIGUSR1, or two of SIGINT:
+at once, as an echo; or the second after more than a second in which the process is held, so that it ends in the midst of a step
+or a checkpoint. A third of the moments is uniform over the life of the process; for the others the run's folder is watched,
 and the kill falls just after a temporary file appeared there or a line of metrics was written.
 
 After every kill each file at its final name must be whole: JSON parses, tensors load, a checkpoint or model has all its files,
@@ -176,7 +176,7 @@ class Process:
                     self._again(target, held=kind == "SIGINT twice")
 
     def _again(self, target: int, *, held: bool) -> None:
-        """A second SIGINT. A step takes a twentieth of a second: one that is held meets the signal where the first had found it."""
+        """A second SIGINT. A step takes a twentieth of a second: one that is held meets the signal where the first found it."""
         if held:
             os.kill(target, signal.SIGSTOP)
             time.sleep(1.1 * ECHO_SECONDS)

@@ -9,11 +9,11 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from bit_mixup.checkpoint import restore_checkpoint, save_checkpoint
 from bit_mixup.cli import main
 from bit_mixup.config import DistillConfig, PretrainConfig, TransferConfig, configure
 from bit_mixup.data import load_image_dataset
-from bit_mixup.errors import BitMixupError, CheckpointError, ConfigError, DataError, WeightsError
+from bit_mixup.errors import CheckpointError, ConfigError, DataError, WeightsError
 from bit_mixup.evaluation import evaluate
 from bit_mixup.examples import ArrayImages, EvaluationView
 from bit_mixup.hyperrule import HyperParameters, Preset, bit_hyperrule, learning_rate
@@ -263,7 +263,9 @@ def test_scores_are_those_of_counting(num_examples: int, num_classes: int, seed:
     assert report.top5_accuracy == ((ranks < 5).mean() if num_classes > 5 else None)
     recalls = {name: (ranks == 0)[labels == k].mean() if (labels == k).any() else None for k, name in enumerate(names)}
     assert report.class_support == {name: int((labels == k).sum()) for k, name in enumerate(names)}
-    assert report.class_accuracy == {name: recall if recall is None else pytest.approx(recall, rel=1e-6) for name, recall in recalls.items()}
+    assert report.class_accuracy == {
+        name: recall if recall is None else pytest.approx(recall, rel=1e-6) for name, recall in recalls.items()
+    }
     assert report.balanced_accuracy == pytest.approx(np.mean([r for r in recalls.values() if r is not None]), rel=1e-6)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
@@ -424,10 +426,10 @@ def test_a_configuration_comes_back_as_it_went(options: dict[str, Any], place: P
 
 FLAGS = ["processes", "config", *(field.name.replace("_", "-") for field in fields(TransferConfig))]
 ODD_NUMBERS = ["-1", "0", "1", "007", "1_0", "1e3", "1e400", "-0.0", "nan", "inf", "²", "٣", "9" * 30, "9" * 5000, "0x10", "1,5"]
+WORDS = st.text(st.characters(exclude_characters="\0"), max_size=8)
+LENGTHENED = st.builds(lambda text, times: text * times, WORDS, st.sampled_from([1, 1, 1, 90]))
 # Nothing that leads out of the empty folder where this is tried.
-TYPED = st.sampled_from(ODD_NUMBERS) | st.integers().map(str) | st.floats().map(repr) | st.builds(
-    lambda text, times: (text * times).lstrip("/.~"), st.text(st.characters(exclude_characters="\0"), max_size=8), st.sampled_from([1, 1, 1, 90])
-)  # fmt: skip
+TYPED = st.sampled_from(ODD_NUMBERS) | st.integers().map(str) | st.floats().map(repr) | LENGTHENED.map(lambda t: t.lstrip("/.~"))
 
 
 @dataclass
@@ -461,6 +463,9 @@ def run_command(arguments: Sequence[str]) -> Said:
 @example(flag="config", value="a" * 300)
 @example(flag="output-dir", value="a" * 300)
 @example(flag="train-split", value="\udcff")
+@example(flag="dataset", value="~nobody-of-that-name/set")
+@example(flag="model", value="~nobody-of-that-name/model")
+@example(flag="output-dir", value="~nobody-of-that-name/run")
 def test_a_plan_is_made_or_refused_in_words(flag: str, value: str, tiny_bit: Path, place: Path) -> None:
     with contextlib.chdir(place):
         said = run_command(["plan", "--dataset", "digits", "--model", str(tiny_bit), f"--{flag}", value])
@@ -470,13 +475,18 @@ def test_a_plan_is_made_or_refused_in_words(flag: str, value: str, tiny_bit: Pat
         assert said.out
     else:
         assert said.out == ""
-        assert flag.replace("-", "_") in said.err.replace("-", "_") or value in said.err, said.err
+        culprits = (flag, flag.replace("-", "_"), value, "Unrecognized options")
+        assert any(culprit in said.err for culprit in culprits), said.err
         boxed = said.err.lstrip().startswith("╭")  # the parser's own, which comes before ours
         assert boxed or (said.err.startswith("bit-mixup: error: ") and said.err.count("bit-mixup: error:") == 1)
 
 
 @settings(QUIETLY, max_examples=60)
-@given(arguments=st.lists(st.sampled_from(["plan", "models", "fine-tune", "--help", "--dataset", "--", "-", "--steps"]) | TEXTS, max_size=3))
+@given(
+    arguments=st.lists(
+        st.sampled_from(["plan", "models", "fine-tune", "--help", "--dataset", "--", "-", "--steps"]) | TEXTS, max_size=3
+    )
+)
 def test_any_words_end_in_words(arguments: list[str], place: Path) -> None:
     if "digits" in arguments:
         return
@@ -489,6 +499,17 @@ def test_any_words_end_in_words(arguments: list[str], place: Path) -> None:
 
 
 # --- whatever is in a file --------------------------------------------------------------------------------------------
+
+
+Result = TypeVar("Result")
+
+
+def attempt(kind: type[Exception], action: Callable[[], Result]) -> tuple[Result | None, str]:
+    """What comes of it; or None, and what is said where it is refused with an error of that kind. Other errors pass."""
+    try:
+        return action(), ""
+    except kind as error:
+        return None, str(error)
 
 
 def mangled(content: bytes) -> st.SearchStrategy[bytes]:
@@ -531,10 +552,9 @@ PICTURES = [
 @settings(QUIETLY, max_examples=400)
 @given(st.sampled_from(PICTURES).flatmap(mangled))
 def test_any_bytes_are_a_picture_or_refused(content: bytes) -> None:
-    try:
-        decoded = decode({"bytes": content, "path": None}, where="train, row 3")
-    except DataError as error:
-        assert str(error).startswith("train, row 3")
+    decoded, refusal = attempt(DataError, lambda: decode({"bytes": content, "path": None}, where="train, row 3"))
+    if decoded is None:
+        assert refusal.startswith("train, row 3")
     else:
         assert decoded.mode == "RGB"
         assert min(decoded.size) > 0
@@ -551,23 +571,17 @@ CONFIG = json.dumps(TransferConfig(dataset="digits", decay_steps=(3, 5), output_
 def test_any_bytes_are_a_configuration_or_refused(content: bytes, kind: type[TransferConfig], place: Path) -> None:
     path = place / "any.json"
     path.write_bytes(content)
-    try:
-        kind.from_json(path)
-    except ConfigError as error:
-        assert str(error)
-    try:
-        read_json(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
+    config, refusal = attempt(ConfigError, lambda: kind.from_json(path))
+    assert config or refusal
+    _, refusal = attempt(CheckpointError, lambda: read_json(path))
+    assert not refusal or str(path) in refusal
 
 
 @settings(QUIETLY, max_examples=60)
 @given(options=st.dictionaries(st.sampled_from([f.name for f in fields(TransferConfig)]), VALUES | TYPED, max_size=4))
 def test_any_values_are_options_or_refused(options: dict[str, Any]) -> None:
-    try:
-        configure(TransferConfig, **{"dataset": "digits", **options})
-    except ConfigError as error:
-        assert any(name in str(error) for name in options)
+    config, refusal = attempt(ConfigError, lambda: configure(TransferConfig, **{"dataset": "digits", **options}))
+    assert config or any(name in refusal for name in options)
 
 
 @pytest.fixture(scope="module")
@@ -584,8 +598,8 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_any_npz_is_arrays_or_refused(data: st.DataObject, arrays: bytes, place: Path) -> None:
     path = place / "any.npz"
     path.write_bytes(data.draw(mangled(arrays)))
-    with contextlib.suppress(DataError):
-        ArrayImages.load(path)
+    part, refusal = attempt(DataError, lambda: ArrayImages.load(path))
+    assert part or refusal
     with pytest.raises(WeightsError, match=str(path)):  # whatever is left of it, weights it is not
         load_bit(str(path), num_classes=2)
 
@@ -606,10 +620,8 @@ def test_any_weights_are_loaded_or_refused(data: st.DataObject, tiny_bit: Path, 
         config = data.draw(mangled(config))
     (folder / "config.json").write_bytes(config)
     (folder / "model.safetensors").write_bytes(weights)
-    try:
-        load_bit(str(folder), num_classes=2)
-    except WeightsError as error:
-        assert str(folder) in str(error)
+    model, refusal = attempt(WeightsError, lambda: load_bit(str(folder), num_classes=2))
+    assert model or str(folder) in refusal
 
 
 @pytest.fixture(scope="module")
@@ -619,7 +631,11 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     rows = [{"image": {"bytes": picture("png"), "path": None}, "label": label} for label in (0, 1, 0, 1, 2, 2)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
     lines = "\n".join(json.dumps({"image": "a.png", "label": row["label"]}) for row in rows)
-    return {"parquet": (folder / "a.parquet").read_bytes(), "jsonl": lines.encode(), "csv": b"image,label\n" + b"a.png,1\nb.png,0\n"}
+    return {
+        "parquet": (folder / "a.parquet").read_bytes(),
+        "jsonl": lines.encode(),
+        "csv": b"image,label\n" + b"a.png,1\nb.png,0\n",
+    }
 
 
 @settings(QUIETLY, max_examples=25)
@@ -628,7 +644,5 @@ def test_any_data_file_is_read_or_refused(data: st.DataObject, table: dict[str, 
     kind = data.draw(st.sampled_from(sorted(table)))
     path = place / f"any.{kind}"
     path.write_bytes(data.draw(mangled(table[kind])))
-    try:
-        load_image_dataset(str(path))
-    except DataError as error:
-        assert str(error)
+    data_set, refusal = attempt(DataError, lambda: load_image_dataset(str(path)))
+    assert data_set or refusal
