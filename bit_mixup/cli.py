@@ -4,6 +4,7 @@ torch is imported only by what needs it, so that help, models and plans come at 
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     """plan: the options of fine-tune, and --processes N and --time."""
     rest, options = _take(arguments, {"--processes": True, "--time": False})
     processes = options.get("--processes")
-    if processes is not None and not (processes.isdigit() and int(processes)):
+    if processes is not None and not (re.fullmatch(r"[0-9]{1,9}", processes) and int(processes)):
         raise ConfigError(f"--processes {processes}: a whole number from 1 was expected.")
     config = _configuration(
         rest, TransferConfig, prog="bit-mixup plan", extra="Also: --processes N plans for N processes, --time times a few steps."

@@ -154,7 +154,7 @@ class RunConfig(DataConfig):
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} can not be read as a configuration: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a JSON object of options, such as a run's config.json.")

@@ -4,6 +4,7 @@ One function for each kind of place. All give splits of the `datasets` library w
 knows which column is which, and torch is not imported.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -76,10 +77,10 @@ def _open_local(name: str) -> Source | None:
     """The source if the name is one of this machine, else None."""
     if name == DIGITS:
         return _read_files("parquet", {split: [DIGITS_FOLDER / f"{split}.parquet"] for split in ("train", "test")})
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):  # pathlib's would raise where a name is too long for a file
         return _from_file(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:

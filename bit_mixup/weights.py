@@ -6,6 +6,7 @@ read here and torch is not imported; `bit_mixup.models` builds the network.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -94,10 +95,10 @@ def find_weights(name_or_path: str) -> Weights:
             shape=model.architecture,
             pretrained_cfg=_google_cfg(model.input_size, model.num_classes, model.interpolation),
         )
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):  # pathlib's would raise where a name is too long for a file
         return _from_folder(path, name=str(path))
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path)
     if name_or_path in ARCHITECTURES:
         tags = "\n  ".join(name for name in list_bit_models() if name.startswith(f"{name_or_path}."))
@@ -197,7 +198,7 @@ def _from_folder(folder: Path, *, name: str | None) -> Weights:
         raise WeightsError(f"{folder} has no {CONFIG_FILE}: a folder of weights must be in timm's hub layout.")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{config_file} is not JSON: {error}. Fetch it again.") from error
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:

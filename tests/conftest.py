@@ -21,6 +21,7 @@ os.environ.update(
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "HYPOTHESIS_STORAGE_DIRECTORY": SCRATCH.name,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

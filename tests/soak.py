@@ -6,9 +6,10 @@
 
 A small run (60 steps of a tiny BiT on the bundled digits, with mixup) is trained once undisturbed, with a checkpoint at each
 step. Then the same run is started with --resume, killed at a random moment and started again until it ends, and another one is
-begun, until there were so many kills. Seven of ten kills are SIGKILL, the others SIGTERM, or SIGINT twice. A third of the moments
-is uniform over the life of the process; for the others the run's folder is watched, and the kill falls just after a temporary
-file appeared there or a line of metrics was written.
+begun, until there were so many kills. Six of ten kills are SIGKILL, the others SIGTERM, SIGUSR1, or two of SIGINT:
+at once, as an echo; or the second after more than a second in which the process is held, so that it ends in the midst of a step
+or a checkpoint. A third of the moments is uniform over the life of the process; for the others the run's folder is watched,
+and the kill falls just after a temporary file appeared there or a line of metrics was written.
 
 After every kill each file at its final name must be whole: JSON parses, tensors load, a checkpoint or model has all its files,
 and of metrics only the last line may be cut short. Each checkpoint must equal, bit for bit, that of the undisturbed run after as
@@ -49,6 +50,7 @@ from safetensors import SafetensorError
 from bit_mixup import workflow
 from bit_mixup.cli import main as command
 from bit_mixup.images import View
+from bit_mixup.interruption import ECHO_SECONDS
 from bit_mixup.models import save_model
 from bit_mixup.runs import RunFolder
 from bit_mixup.storage import TEMPORARY_PREFIX
@@ -56,7 +58,7 @@ from bit_mixup.storage import TEMPORARY_PREFIX
 STEPS = 60
 PATIENCE = 120.0  # seconds after which a process that neither ends nor dies is a failure
 MOMENTS = ("uniform", "writing", "appending")
-SIGNALS = [("SIGKILL", 7), ("SIGTERM", 1.5), ("SIGINT twice", 1.5)]
+SIGNALS = [("SIGKILL", 6), ("SIGTERM", 1), ("SIGUSR1", 1), ("SIGINT echoed", 1), ("SIGINT twice", 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +169,20 @@ class Process:
             return
         target = rng.choice(workers)
         with suppress(ProcessLookupError):
-            os.kill(target, {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}.get(kind, signal.SIGINT))
-            if kind == "SIGINT twice":
+            os.kill(target, signal.Signals[kind.split()[0]])
+            if kind in ("SIGINT echoed", "SIGINT twice"):
                 time.sleep(rng.uniform(0.001, 0.1))
                 if self.poll() is None:
-                    os.kill(target, signal.SIGINT)
+                    self._again(target, held=kind == "SIGINT twice")
+
+    def _again(self, target: int, *, held: bool) -> None:
+        """A second SIGINT. A step takes a twentieth of a second: one that is held meets the signal where the first found it."""
+        if held:
+            os.kill(target, signal.SIGSTOP)
+            time.sleep(1.1 * ECHO_SECONDS)
+        os.kill(target, signal.SIGINT)
+        if held:
+            os.kill(target, signal.SIGCONT)
 
     def _workers(self) -> list[int]:
         """What torchrun has started; if it has not yet, as soon as it has."""
@@ -388,7 +399,8 @@ def kill_until_done(
             if not (asked.keep or tally.faults):
                 shutil.rmtree(run.path)
             return
-        by_signal = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+        number = signal.Signals[kind.split()[0]]
+        by_signal = {-number, 128 + number}
         if not killed or status is None or (asked.processes == 1 and status not in by_signal):
             tally.failures.append(f"{run.path.name}: status {status}, see {log}")
             return
