@@ -4,6 +4,7 @@ The parameters, SGD's momentum, the fp16 loss scale, and one whole number: the s
 step and position, so nothing else exists. Safetensors and JSON, no pickles; a checkpoint is complete or absent.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,11 @@ def restore_checkpoint(run: RunFolder, model: torch.nn.Module, optimizer: torch.
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])
+
+
+def digest_weights(model: torch.nn.Module) -> str:
+    """A hash of all parameters and buffers of a model, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ BitMixupError
 ├── DataError        a data set, a file or a row in it
 ├── WeightsError     a model name or a file of weights
 ├── CheckpointError  the folder of a run
+├── ProcessError     the processes of a run differ, or one has ended
 ├── MemoryShortError the least that can be computed at a time does not fit into memory
 └── NonFiniteError   training met a loss or weight that is not a finite number
 
@@ -61,6 +62,10 @@ class WeightsError(BitMixupError):
 
 class CheckpointError(BitMixupError):
     """A run's folder can not be used, or its checkpoint belongs to another configuration."""
+
+
+class ProcessError(BitMixupError):
+    """The processes of one run were started differently, or one of them has stopped."""
 
 
 class MemoryShortError(BitMixupError):

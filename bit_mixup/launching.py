@@ -2,34 +2,64 @@
 
 import atexit
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from bit_mixup.config import RunConfig
 from bit_mixup.environment import Environment, available_cores, versions
-from bit_mixup.errors import ConfigError, did_you_mean
-from bit_mixup.runs import TRACKER_PROJECT
+from bit_mixup.errors import ConfigError, ProcessError, did_you_mean
+from bit_mixup.runs import TRACKER_PROJECT, RunFolder
 from bit_mixup.sampling import MicroBatch
+from bit_mixup.voting import Council, is_lost_process
 
 _TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 _DISTRIBUTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
+# A process that ends is noticed at once, by its closed connections. This is for one that hangs, or whose machine has lost its
+# power; it must outlast the longest that one process does alone: a download, a scan, a checkpoint on a slow disk.
+PATIENCE = timedelta(minutes=30)
 
-def join_processes(environment: Environment, *, tracker: str | None, folder: Path) -> Accelerator:
+# What processes may be asked differently: their machines' matters, and where each finds the folder whose content is compared.
+_OWN_MATTERS = {"threads", "num_workers", "output_dir"}
+_DECIDING = ("bit_mixup", "torch", "timm", "numpy", "pillow")  # whose versions show in the bits
+
+Result = TypeVar("Result")
+
+
+class Planned(Protocol):
+    """What the plans of all kinds of run have."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What was asked."""
+
+    @property
+    def run(self) -> RunFolder:
+        """Where files go."""
+
+    def resolved(self) -> dict[str, Any]:
+        """What has a say in the result, as plain values."""
+
+
+PlanKind = TypeVar("PlanKind", bound=Planned)
+
+
+def join_processes(environment: Environment, *, tracker: str | None) -> Accelerator:
     """The accelerator of this process, joined with the others that the launcher has started.
 
     Args:
-        environment: what the plan has found.
+        environment: what the launcher says.
         tracker: of Accelerate, to log through.
-        folder: of the run.
 
     Raises:
         ConfigError: launcher, device or tracker are not what the run needs.
@@ -38,9 +68,8 @@ def join_processes(environment: Environment, *, tracker: str | None, folder: Pat
     AcceleratorState._reset_state()  # a notebook's next run may ask for another precision
     accelerator = Accelerator(
         mixed_precision="no" if environment.precision == "fp32" else environment.precision,
-        log_with=tracker,
-        project_dir=str(folder),
         cpu=not torch.accelerator.is_available(),  # else, on the CPU, Accelerate takes no notice of torchrun's processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if accelerator.num_processes != environment.num_processes:
         raise ConfigError(
@@ -66,9 +95,78 @@ def _check_tracker(tracker: str | None) -> None:
         )
 
 
-def start_tracker(accelerator: Accelerator, config: RunConfig) -> None:
-    """Tells the tracker, where there is one, what was asked of the run."""
+def plan_together(accelerator: Accelerator, make: Callable[[], PlanKind]) -> PlanKind:
+    """The plan that each process makes, if all have made the same.
+
+    Raises:
+        BitMixupError: the plan can not be made.
+        ProcessError: another process can not make it, or has made another: other options, versions, data or checkpoints.
+    """
+    council = Council(accelerator)
+    with lost_processes_explained():
+        with council.sharing_faults():
+            plan = make()
+        council.agree(lambda: _facts(plan))
+    return plan
+
+
+def _facts(plan: Planned) -> dict[str, Any]:
+    """What processes must have in common, by the names that people know."""
+    asked = {name: value for name, value in plan.config.as_json().items() if name not in _OWN_MATTERS}
+    resolved = {f"{part} {name}": value for part, values in plan.resolved().items() if isinstance(values, dict)
+                for name, value in values.items()}  # fmt: skip
+    found = plan.run.list_checkpoints()
+    return {
+        **{f"--{name.replace('_', '-')}": value for name, value in asked.items()},
+        "--resume": plan.config.resume,
+        "--overwrite": plan.config.overwrite,
+        **{f"the version of {name}": version for name, version in versions().items() if name in _DECIDING},
+        "the newest checkpoint": found[-1].name if found else "none",
+        **{f"what the plan found ({name})": value for name, value in resolved.items()},
+    }
+
+
+def main_first(council: Council, work: Callable[[], Result]) -> Result:
+    """What some work gives: the main process does it first and downloads, the others find it in the cache.
+
+    Raises:
+        ProcessError: another process could not do it.
+    """
+    for turn in (True, False):
+        with council.sharing_faults():
+            if council.is_main is turn:
+                result = work()
+    return result
+
+
+@contextmanager
+def lost_processes_explained(run: RunFolder | None = None) -> Iterator[None]:
+    """Turns what the libraries say of a process that has ended into words that help.
+
+    Args:
+        run: that trains, if it has come so far.
+
+    Raises:
+        ProcessError: in place of theirs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        found = run.list_checkpoints() if run else []
+        left = f"The last whole checkpoint is {found[-1]}" if found else "There is no checkpoint yet"
+        raise ProcessError(
+            f"another process of this run has ended or does not answer. {left}; mend what ended it (see its own messages), and "
+            f"start all processes again{' with --resume' if found else ''}. The connection said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def start_tracker(accelerator: Accelerator, config: RunConfig, folder: Path) -> None:
+    """Tells the tracker, where there is one, what was asked of the run, and in which folder it may write."""
     if config.tracker:
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.log_with = filter_trackers(config.tracker, str(folder))
         values = {name: value for name, value in config.as_json().items() if isinstance(value, int | float | str)}
         accelerator.init_trackers(TRACKER_PROJECT, config=values)
 

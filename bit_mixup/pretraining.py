@@ -27,7 +27,10 @@ from bit_mixup.interruption import Interruption
 from bit_mixup.launching import (
     default_workers,
     join_processes,
+    lost_processes_explained,
+    main_first,
     note_other_environment,
+    plan_together,
     record_environment,
     start_tracker,
     torch_threads,
@@ -43,6 +46,7 @@ from bit_mixup.scanning import Quarantine, quarantine_note, refuse_empty
 from bit_mixup.storage import plain_values, read_json, whole_folder, write_json, write_text
 from bit_mixup.training import fit_micro_batch, train
 from bit_mixup.upstream import Upstream, load_upstream
+from bit_mixup.voting import Council
 from bit_mixup.weights import Weights, fetch, find_network, find_weights, size_text
 
 if TYPE_CHECKING:
@@ -260,17 +264,21 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
 def run_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainResult:
     """`pretrain` or `distill` of a whole configuration. Prints the plan first and the scores last, on the main process."""
     with Interruption(deferring=False), memory_explained():
-        plan = plan_pretrain(config, source=source)
-        with torch_threads(plan.environment.threads):
-            return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
+        environment = read_environment(precision=config.precision, threads=config.threads)
+        accelerator = join_processes(environment, tracker=config.tracker)
+        with torch_threads(environment.threads):
+            plan = plan_together(accelerator, lambda: plan_pretrain(config, source=source))
+            with lost_processes_explained(plan.run):
+                return _run(plan, accelerator)
 
 
 def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
     config, hyper, run = plan.config, plan.hyper, plan.run
+    council = Council(accelerator)
     if plan.teacher is not None:
-        with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-            plan = replace(plan, teacher=fetch(plan.teacher))
-    model, objective = _model_and_objective(plan, accelerator)
+        teacher = plan.teacher
+        plan = replace(plan, teacher=main_first(council, lambda: fetch(teacher)))
+    model, objective = _model_and_objective(plan, accelerator, council)
     stream = TrainingStream(part=plan.data.train, view=plan.view, seed=config.seed)
     if config.micro_batch == "auto":
         cuts = fit_micro_batch(
@@ -286,21 +294,21 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
             seed=config.seed,
         )
         plan = replace(plan, cuts=cuts)
-    if accelerator.is_main_process:
-        record: dict[str, Any] = {
-            "resolved": {**plan.resolved(), "std_eps": config.std_eps or TIMM_STD_EPS},
-            "notes": list(plan.data.notes),
-            "quarantined": len(plan.quarantined),
-            "environment": record_environment(plan.environment, plan.cuts),
-        }
-        run.open(config.as_json(), record, overwrite=config.overwrite)
-        if plan.quarantined:
-            write_json(run.quarantine, list(plan.quarantined))
-        print(plan.text())
-        note_other_environment(read_json(run.plan)["environment"], record["environment"])
-        print(flush=True)
-    accelerator.wait_for_everyone()
-    start_tracker(accelerator, config)
+    with council.sharing_faults():
+        if accelerator.is_main_process:
+            record: dict[str, Any] = {
+                "resolved": {**plan.resolved(), "std_eps": config.std_eps or TIMM_STD_EPS},
+                "notes": list(plan.data.notes),
+                "quarantined": len(plan.quarantined),
+                "environment": record_environment(plan.environment, plan.cuts),
+            }
+            run.open(config.as_json(), record, overwrite=config.overwrite)
+            if plan.quarantined:
+                write_json(run.quarantine, list(plan.quarantined))
+            print(plan.text())
+            note_other_environment(read_json(run.plan)["environment"], record["environment"])
+            print(flush=True)
+    start_tracker(accelerator, config, run.path)
     workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
     model = train(
         model,
@@ -331,14 +339,13 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator) -> tuple[ResNetV2, Objective]:
+def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator, council: Council) -> tuple[ResNetV2, Objective]:
     config = plan.config
     std_eps = config.std_eps or TIMM_STD_EPS
     if not isinstance(config, DistillConfig) or plan.teacher is None:
         model = create_bit(plan.network, num_classes=len(plan.data.class_names), seed=config.seed, std_eps=std_eps)
         return model, SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
-    with accelerator.main_process_first():
-        network = fetch(plan.network) if config.init else plan.network
+    network = main_first(council, lambda: fetch(plan.network)) if config.init else plan.network
     teacher = build_bit(plan.teacher, keep_head=True)
     if config.init:
         model = build_bit(network, num_classes=int(teacher.num_classes), std_eps=std_eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from bit_mixup.checkpoint import restore_checkpoint, save_checkpoint
+from bit_mixup.checkpoint import digest_weights, restore_checkpoint, save_checkpoint
 from bit_mixup.errors import Interrupted, MemoryShortError, NonFiniteError
 from bit_mixup.expansion import DataMeans
 from bit_mixup.hyperrule import HyperParameters, learning_rate
@@ -91,6 +91,7 @@ def train(
         MemoryShortError: memory does not do for the smallest micro-batch. Before that, smaller ones are tried, alike in all
             processes, then gradient checkpointing; neither changes the result, but for rounding.
         CheckpointError: metrics or a checkpoint can not be written.
+        ProcessError: processes start from different weights or steps.
         Interrupted: a signal asked for it; a checkpoint of the last step holds all.
     """
     model.to(accelerator.device).to(memory_format=torch.channels_last)  # the bundled model's step takes a fifth less CPU time so
@@ -99,6 +100,7 @@ def train(
     work = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, num_workers)
     wrapped = accelerator.prepare_optimizer(optimizer)
     council, log = Council(accelerator), StepLog(accelerator, run, stream, hyper, first_step=first_step)
+    council.agree(lambda: {"the steps done": first_step, "the weights (digest)": digest_weights(model)})
     work.cut(cuts, first_step=first_step)
     model.train()
     with Interruption(deferring=True) as signals, closing(work):

@@ -15,6 +15,7 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
 from bit_mixup.config import TransferConfig, configure
+from bit_mixup.environment import read_environment
 from bit_mixup.evaluation import EvaluationReport, in_markdown
 from bit_mixup.examples import EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
 from bit_mixup.expansion import DataMeans
@@ -24,7 +25,10 @@ from bit_mixup.launching import (
     default_workers,
     find_device,
     join_processes,
+    lost_processes_explained,
+    main_first,
     note_other_environment,
+    plan_together,
     record_environment,
     start_tracker,
     torch_threads,
@@ -38,6 +42,7 @@ from bit_mixup.prediction import nearest_neighbours, predict_features
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 from bit_mixup.training import fit_micro_batch, train
 from bit_mixup.unmixing import MixupRecord, RuleChoice
+from bit_mixup.voting import Council
 from bit_mixup.weights import fetch
 
 
@@ -90,15 +95,18 @@ def transfer(*, dataset: str | Dataset | DatasetDict, **options: Any) -> Transfe
 def run_transfer(config: TransferConfig, *, source: Dataset | DatasetDict | None = None) -> TransferResult:
     """`transfer` of a whole configuration. Prints the plan first and the scores last, on the main process."""
     with Interruption(deferring=False), memory_explained():
-        plan = make_plan(config, source=source)
-        with torch_threads(plan.environment.threads):
-            return _run(plan, join_processes(plan.environment, tracker=config.tracker, folder=plan.run.path))
+        environment = read_environment(precision=config.precision, threads=config.threads)
+        accelerator = join_processes(environment, tracker=config.tracker)
+        with torch_threads(environment.threads):
+            plan = plan_together(accelerator, lambda: make_plan(config, source=source))
+            with lost_processes_explained(plan.run):
+                return _run(plan, accelerator)
 
 
 def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     config, hyper, run = plan.config, plan.resolution.hyper, plan.run
-    with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        weights = fetch(plan.weights, revision=config.revision)
+    council = Council(accelerator)
+    weights = main_first(council, lambda: fetch(plan.weights, revision=config.revision))
     plan = replace(plan, weights=weights)
     model = build_bit(weights, num_classes=plan.data.num_classes, std_eps=config.std_eps)
     effect = std_eps_effect(model)
@@ -120,21 +128,22 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
             seed=config.seed,
         )
         plan = replace(plan, cuts=cuts)
-    if accelerator.is_main_process:
-        resolved = {**plan.resolved(), "std_eps": std_eps}
-        record = _record(plan, resolved)
-        run.open(config.as_json(), record, overwrite=config.overwrite)
-        if plan.quarantined:
-            write_json(run.quarantine, list(plan.quarantined))
-        print(plan.text())
-        note_other_environment(read_json(run.plan)["environment"], record["environment"])
-        print(
-            f"{'':<9} smallest variance of a filter {effect.smallest_variance:.3g}: std_eps {TIMM_STD_EPS:g} instead of "
-            f"{REFERENCE_STD_EPS:g} changes {effect.of} by {effect.relative_change:.2g} of the largest (in use: {std_eps:g})\n",
-            flush=True,
-        )
-    accelerator.wait_for_everyone()
-    start_tracker(accelerator, config)
+    with council.sharing_faults():
+        if accelerator.is_main_process:
+            resolved = {**plan.resolved(), "std_eps": std_eps}
+            record = _record(plan, resolved)
+            run.open(config.as_json(), record, overwrite=config.overwrite)
+            if plan.quarantined:
+                write_json(run.quarantine, list(plan.quarantined))
+            print(plan.text())
+            note_other_environment(read_json(run.plan)["environment"], record["environment"])
+            print(
+                f"{'':<9} smallest variance of a filter {effect.smallest_variance:.3g}: std_eps {TIMM_STD_EPS:g} instead of "
+                f"{REFERENCE_STD_EPS:g} changes {effect.of} by {effect.relative_change:.2g} of the largest (in use: "
+                f"{std_eps:g})\n",
+                flush=True,
+            )
+    start_tracker(accelerator, config, run.path)
     model = train(
         model,
         stream,

@@ -5,9 +5,17 @@
 Leaves in FOLDER what the test compares with a single process.
 """
 
+import json
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +134,96 @@ def options(folder: Path, weights: str) -> list[str]:
     ]
 
 
+def outcome(arguments: list[str]) -> tuple[int, str]:
+    """Exit status and last words of a command."""
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            command(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0), said.getvalue().strip().splitlines()[-1]
+    return 0, ""
+
+
+def disagree(folder: Path, weights: str, rank: int) -> dict[str, tuple[int, str]]:
+    """What the last rank does otherwise than the others, and what this one hears of it."""
+    odd = rank == int(os.environ["WORLD_SIZE"]) - 1
+    own = folder / f"own_{rank}"
+    stale = folder / f"stale_{rank}"  # a folder that is not shared, with an older run on one machine
+    if odd:
+        (stale / "checkpoints" / "step_000002").mkdir(parents=True)
+        (stale / "config.json").write_text((folder / "whole" / "config.json").read_text())
+    other_weights = folder / "other_weights"
+    if rank == 0:
+        shutil.copytree(weights, other_weights)
+        tensors = safetensors.torch.load_file(other_weights / "model.safetensors")
+        tensors["stem.conv.weight"][0, 0, 0, 0] += 1e-6
+        safetensors.torch.save_file(tensors, other_weights / "model.safetensors")
+    same_path = folder / f"weights_{rank}" / "weights"  # as two machines may have two files at one path
+    same_path.parent.mkdir()
+    Accelerator(cpu=True).wait_for_everyone()
+    same_path.symlink_to(other_weights if odd else weights)
+    os.chdir(same_path.parent)
+    cases = {
+        "option": ["--base-lr", "0.01"] if odd else [],
+        "seed": ["--seed", "1"] if odd else [],
+        "data": ["--examples-per-class", "5"] if odd else [],
+        "checkpoint": ["--overwrite", "--output-dir", str(stale)],
+        "weights": ["--model", "./weights", "--output-dir", str(folder / "weights_differ")],
+        "missing": ["--dataset", str(folder / "nowhere")] if odd else [],
+        "main cannot write": ["--output-dir", "/proc/nowhere"] if rank == 0 else [],
+    }
+    return {name: outcome([*options(own, weights), *more]) for name, more in cases.items()}
+
+
+@contextmanager
+def signal_to_oneself(number: int, run: RunFolder) -> Iterator[None]:
+    """Sends a signal to this process alone, once the run has trained some steps."""
+
+    def wait() -> None:
+        while not run.metrics.is_file():
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
+def interrupt(folder: Path, weights: str, rank: int) -> tuple[int, str]:
+    """A run of 40 steps that SIGUSR1, sent to the last rank alone, stops on the way; and resumed."""
+    run = RunFolder(folder / "signalled")
+    arguments = [*options(run.path, weights), "--steps", "40", "--log-every", "1", "--save-every", "1000"]
+    if rank == int(os.environ["WORLD_SIZE"]) - 1:
+        with signal_to_oneself(signal.SIGUSR1, run):
+            found = outcome(arguments)
+    else:
+        found = outcome(arguments)
+    Accelerator(cpu=True).wait_for_everyone()
+    command([*arguments, "--resume"])
+    command([*options(folder / "undisturbed", weights), "--steps", "40", "--log-every", "1", "--save-every", "1000"])
+    return found
+
+
+def count_backward_calls(folder: Path, weights: str, accelerator: Accelerator) -> dict[int, int]:
+    """How often this process computes gradients in two steps, by batch size; sizes that no number of processes divides."""
+    part = load_image_dataset("digits", examples_per_class=20).train
+    stream, world = TrainingStream(part=part, view=VIEW, seed=3), accelerator.num_processes
+    counts = {}
+    for batch_size in (25, 33, 35, 65):
+        model = load_bit(weights, num_classes=10)
+        calls: list[object] = []
+        next(iter(model.parameters())).register_hook(calls.append)
+        run = RunFolder(folder / f"batch_{batch_size}")
+        run.path.mkdir(exist_ok=True)
+        hyper = replace(RULE, steps=2, warmup_steps=1, batch_size=batch_size)
+        cuts = cut_batch(batch_size, num_processes=world, micro_batch=9)
+        train_model(model, stream, hyper, accelerator, law=TrainingLaw(alpha=0.4), cuts=cuts, run=run, seed=3)
+        counts[batch_size] = len(calls)
+    return counts
+
+
 def main(argv: list[str]) -> None:
     folder, weights = Path(argv[0]), argv[1]
     torch.set_num_threads(1)
@@ -145,6 +243,13 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(folder / "resumed" / "model")
     accelerator.wait_for_everyone()
     command([*options(folder / "resumed", weights), "--resume"])
+    rank = accelerator.process_index
+    found = {
+        "disagreements": disagree(folder, weights, rank),
+        "signalled": interrupt(folder, weights, rank),
+        "backward calls": count_backward_calls(folder, weights, accelerator),
+    }
+    (folder / f"found_{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -434,7 +434,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", fail)
-        with pytest.raises(OSError, match="gone"):
+        with pytest.raises(CheckpointError, match="gone"):
             save_figure(Figure(), path)
     assert path.read_text() == "old"
     save_figure(Figure(), path.with_suffix(".PNG"))

@@ -22,8 +22,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A file imports only from floors below its own, so files of one floor never import each other.
 FLOORS = [
-    {"errors", "catalog", "voting", "hub"},
-    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives", "interruption", "archives"},
+    {"errors", "catalog", "hub"},
+    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives", "interruption", "voting", "archives"},
     {"laws", "corruption", "calibration", "expansion", "images", "runs", "loading", "memory"},
     {
         "mixup",
