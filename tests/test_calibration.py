@@ -30,7 +30,7 @@ from bit_mixup.calibration import (
     measure_calibration,
     reliability_bins,
 )
-from bit_mixup.errors import ConfigError, DataError, NonFiniteError
+from bit_mixup.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from bit_mixup.plots import figure_svg, reliability_diagram, save_figure
 
 DRAWN_BINS = ReliabilityBins(
