@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bit_mixup.errors import DataError
 from bit_mixup.sampling import Purpose, generator
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+# What is read, whatever a file's name says. PIL reads more, some of it by running other programs (Ghostscript for EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -88,12 +90,15 @@ def open_encoded(encoded: dict[str, Any]) -> Image.Image:
     """Opens a picture as the `datasets` library stores it, {"bytes": ..., "path": ...}; only its header is read.
 
     Raises:
-        DataError: the header declares more pixels than PIL's limit, so that decoding might fill the memory.
+        DataError: it is of another format than `FORMATS`, or of none; or its header declares more pixels than PIL's limit, so
+            that decoding might fill the memory.
     """
     file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") is not None else Path(encoded["path"])
     try:
         with _unconcerned():
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # whose own words name the buffer
+        raise DataError(f"not a picture in a format that is read ({', '.join(FORMATS)}). Mend or remove the file.") from error
     except Image.DecompressionBombError as error:  # beyond twice the limit
         raise DataError(f"a decompression bomb? {error}. {_SMALLER}") from error
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS

@@ -288,7 +288,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Path]]] = {
         packed(CONTENT | {"test/dogs/0.png": png(0)}),
     ),
     "zip, a picture that is none": (
-        r"pictures.zip/train/cat/0.png \(train row 0\) can not be opened as a picture",
+        r"pictures.zip/train/cat/0.png \(train row 0\): not a picture in a format",
         packed(CONTENT | {"train/cat/0.png": b"no picture"}),
     ),
     "zip, an empty picture": (

@@ -415,7 +415,7 @@ CASES: dict[str, Case] = {
     "none of a class": (DataError, "examples_per_class is 0.*at least 1", asks(examples_per_class=0)),
     "broken picture": (
         DataError,
-        "train/dog/1.png .train row 1. can not be opened as a picture.*Mend or remove the file",
+        "train/dog/1.png .train row 1.: not a picture in a format that is read.*Mend or remove the file",
         broken_picture("train/dog/1.png"),
     ),
     "a parquet file with damaged names": (
@@ -577,7 +577,7 @@ SAME_RAISE: dict[str, Case] = {
     ),
     "broken picture to score": (
         DataError,
-        "test/cat/1.png .test row 0. can not be opened as a picture.*Mend or remove the file",
+        "test/cat/1.png .test row 0.: not a picture in a format that is read.*Mend or remove the file",
         broken_picture("test/cat/1.png"),
     ),
     "unknown train split": (DataError, 'train_split "trian".*did you mean "train"', asks(train_split="trian")),

@@ -1,6 +1,7 @@
 """Are pictures of every kind shown to the model as torchvision would show them, one at a time?"""
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from bit_mixup.errors import DataError
-from bit_mixup.images import View, decode, to_rgb
+from bit_mixup.images import FORMATS, View, decode, to_rgb
 from bit_mixup.models import Normalize
 
 Pixels = npt.NDArray[Any]
@@ -280,14 +281,19 @@ def test_a_broken_tag_beside_it_does_not_hide_the_orientation(damage: bytes) -> 
 
 
 @pytest.mark.parametrize(
-    "spoil",
-    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"<html>Not Found</html>", lambda data: data[::-1]],
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], " can not be decoded as a picture (OSError: "),
+        (lambda data: b"", ": not a picture in a format that is read"),
+        (lambda data: b"<html>Not Found</html>", ": not a picture in a format that is read"),
+        (lambda data: data[::-1], ": not a picture in a format that is read"),
+    ],
     ids=["cut short", "empty", "a web page", "reversed"],
 )
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_broken_picture_is_named(spoil: Callable[[bytes], bytes], kind: str) -> None:
+def test_a_broken_picture_is_named(spoil: Callable[[bytes], bytes], message: str, kind: str) -> None:
     data = spoil(encoded(picture(64, 64), kind)["bytes"])
-    with pytest.raises(DataError, match=r"^train row 7 \(cat\.png\) can not be decoded as a picture .*Mend or remove the file"):
+    with pytest.raises(DataError, match=rf"^train row 7 \(cat\.png\){re.escape(message)}.*Mend or remove the file"):
         decode({"bytes": data, "path": "cat.png"}, where="train row 7 (cat.png)")
 
 
@@ -297,3 +303,15 @@ def test_files_are_read_by_path_and_a_missing_one_is_named(tmp_path: Path) -> No
     np.testing.assert_array_equal(np.asarray(read), np.asarray(picture(13, 9)))
     with pytest.raises(DataError, match=r"^b\.png can not be decoded"):
         decode({"bytes": None, "path": str(tmp_path / "b.png")}, where="b.png")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF"])
+def test_formats_that_run_programs_or_are_hardly_known_are_not_read(kind: str) -> None:
+    with pytest.raises(DataError, match=r"^cat\.jpg: not a picture in a format that is read \(JPEG, PNG, "):
+        decode(encoded(picture(8, 8), kind), where="cat.jpg")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_formats_that_are_named_are_read(kind: str) -> None:
+    image = picture(8, 8)
+    assert decode(encoded(image, kind), where="cat").size == image.size
