@@ -167,6 +167,14 @@ class RunConfig(DataConfig):
 class TransferConfig(RunConfig):
     """Everything that can be asked of fine-tuning. None leaves a value to the rule."""
 
+    streaming: bool = False
+    """Read training pictures from where they lie as they are needed, for sets larger than the disk: a hub id or parquet files.
+    The order is shuffled within a buffer alone, and a resumed run begins another pass."""
+    train_examples: int | None = None
+    """With streaming: how many training examples there are, where neither the data set's card nor its files say so."""
+    shuffle_buffer: int = 2000
+    """With streaming: pictures among which the next one is drawn."""
+
     examples_per_class: int | None = None
     """Train on a balanced few-shot subset of this many for each class."""
     few_shot_seed: int = 0
@@ -214,6 +222,7 @@ class TransferConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_streaming()
         check_fraction(self.corrupt_labels)
         if self.score_every is not None and self.score_every < 1:
             raise ConfigError(f"score_every is {self.score_every}; it must be at least 1.")
@@ -221,6 +230,35 @@ class TransferConfig(RunConfig):
             raise ConfigError("attack_from belongs to the diagnostics, which were not asked for: add --diagnostics.")
         if self.resolution == "model" and (self.resize_size or self.crop_size):
             raise ConfigError("resolution model contradicts resize_size and crop_size: give one or the other.")
+
+    def _check_streaming(self) -> None:
+        for name in ("train_examples", "shuffle_buffer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+        if not self.streaming:
+            if self.train_examples is not None:
+                raise ConfigError(
+                    "train_examples belongs to streaming; otherwise they are counted. Add --streaming or leave it out."
+                )
+            return
+        # Each of these needs all of the training split before the first step, or a second look at an example.
+        needing_all = {
+            "examples_per_class": self.examples_per_class,
+            "validation_fraction": self.validation_fraction,
+            "corrupt_labels": self.corrupt_labels,
+            "corrupt_images": self.corrupt_images == "quarantine",
+            "mixup_partner": self.mixup_partner != "all",
+            "mixup_form": self.mixup_form != "exact",
+            "smooth_toward": self.smooth_toward != "uniform",
+            "num_workers": self.num_workers,
+        }
+        asked = [name for name, value in needing_all.items() if value]
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} {getattr(self, asked[0])} does not go with streaming, which sees each training example as it passes "
+                f"by, in one process. Leave out --{asked[0].replace('_', '-')} or --streaming."
+            )
 
     def law(self, alpha: float) -> TrainingLaw:
         """What is done to the examples, given the alpha that was asked for or that the rule says.

@@ -221,8 +221,8 @@ def open_parts(
 ) -> Parts:
     """Finds columns and classes; arguments and errors as `load_image_dataset`, but without a test_split there is no test part."""
     split = pick_split(source, train_split, "train_split")
-    image_column = find_image_column(source.splits[split], image_column, source.folder)
-    label_column = _label_column(source.splits[split], label_column, image_column)
+    image_column = find_image_column(source.splits[split], image_column)
+    label_column = find_label_column(source.splits[split], label_column, image_column)
     class_names, values = _classes(source.splits[split], label_column, split)
     train = _part(source, split, image_column, label_column, values, class_names)
     unlabelled = np.flatnonzero(train.labels == UNLABELLED)
@@ -244,13 +244,17 @@ def open_parts(
 
 def pick_split(source: Source, name: str, flag: str) -> str:
     """The name, if there is such a split and it holds examples; raises DataError, which names the flag."""
-    if name not in source.splits:
-        raise DataError(
-            f'{flag} "{name}": the data set has the splits {", ".join(source.splits)}{did_you_mean(name, source.splits)}. '
-            f"Name one with {flag}."
-        )
-    if not len(source.splits[name]):
+    if not len(source.splits[find_split(list(source.splits), name, flag)]):
         raise DataError(f'split "{name}" holds no examples. Name another {flag}.')
+    return name
+
+
+def find_split(names: Sequence[str], name: str, flag: str) -> str:
+    """The name, if there is such a split; raises DataError, which names the flag."""
+    if name not in names:
+        raise DataError(
+            f'{flag} "{name}": the data set has the splits {", ".join(names)}{did_you_mean(name, names)}. Name one with {flag}.'
+        )
     return name
 
 
@@ -274,7 +278,7 @@ def _one_of(candidates: list[str], split: Dataset, what: str, flag: str) -> str:
     raise DataError(f"no column seems to hold the {what}; there are {columns}. Name one with {flag}.")
 
 
-def find_image_column(split: Dataset, asked: str | None, folder: Path) -> str:
+def find_image_column(split: Dataset, asked: str | None) -> str:
     """The column of pictures: the one asked for, or the only one; raises DataError."""
     if asked is not None:
         name = _column(split, asked, "image_column")
@@ -303,7 +307,8 @@ def looks_like_pictures(split: Dataset, name: str) -> bool:
     return isinstance(first, str) and Path(first).suffix.lower() in EXTENSIONS
 
 
-def _label_column(split: Dataset, asked: str | None, image_column: str) -> str:
+def find_label_column(split: Dataset, asked: str | None, image_column: str) -> str:
+    """The column of classes: the one asked for, or the only one; raises DataError."""
     if asked is not None:
         name = _column(split, asked, "label_column")
         if not isinstance(split.features[name], ClassLabel) and not looks_like_labels(split, name):

@@ -20,6 +20,7 @@ from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import GROUP_SIZE, MicroBatch, cut_batch, fitting_micro_batch
 from bit_mixup.scanning import Quarantine, SizeSummary, quarantine_note, refuse_empty, summarize_sizes
 from bit_mixup.storage import plain_values
+from bit_mixup.streaming import StreamedSplit, stream_image_dataset
 from bit_mixup.theory import best_train_accuracy, loss_floor
 from bit_mixup.weights import BUNDLED_FOLDER, Weights, fetch, find_weights, size_text
 
@@ -41,6 +42,7 @@ class Plan:
         attacker: the model whose adversarial pictures are tried, if that was asked for.
         findings: what the doctor's fast checks have found.
         quarantined: name and reason of each unreadable picture that is left out, if that was asked for.
+        streamed: what is trained on, where it passes by; `data.train` holds but a sample then.
     """
 
     config: TransferConfig
@@ -55,6 +57,12 @@ class Plan:
     attacker: Weights | None = None
     findings: tuple[Finding, ...] = ()
     quarantined: tuple[dict[str, str], ...] = ()
+    streamed: StreamedSplit | None = None
+
+    @property
+    def num_train(self) -> int:
+        """Examples to train on."""
+        return self.streamed.num_examples if self.streamed else len(self.data.train)
 
     @property
     def view(self) -> View:
@@ -104,7 +112,8 @@ class Plan:
                 "fingerprint": self.data.fingerprint,
                 "image_column": self.data.image_column,
                 "label_column": self.data.label_column,
-                "train_examples": len(self.data.train),
+                "train_examples": self.num_train,
+                "streamed": self.streamed is not None,
                 "test_examples": len(self.data.test),
                 "validation_examples": len(self.data.validation) if self.data.validation else 0,
                 "class_names": list(self.data.class_names),
@@ -140,13 +149,14 @@ class Plan:
 
     def _data_lines(self) -> list[str]:
         data, sizes = self.data, self.sizes
-        counts = f"{len(data.train):,} training and {len(data.test):,} test examples, {data.num_classes} classes"
+        counts = f"{self.num_train:,} training and {len(data.test):,} test examples, {data.num_classes} classes"
         small = sizes.median_area < SMALL_IMAGE_AREA
         other = 1 - sizes.small_share if small else sizes.small_share
         looked = f"{sizes.sampled:,} pictures" + (" (a seeded sample)" if sizes.sampled < len(data.train) else "")
         return [
             f"{data.name}" + (f" @ {data.revision}" if data.revision else "") + f": {counts}",
             *data.notes,
+            *(self.streamed.notes(self.config.shuffle_buffer) if self.streamed else []),
             f"{looked}: median area {sizes.median_area:,.0f} px, from {sizes.smallest[0]}x{sizes.smallest[1]} to "
             f"{sizes.largest[0]}x{sizes.largest[1]}; {other:.0%} on the other side of 96x96",
         ]
@@ -155,6 +165,8 @@ class Plan:
         lines = [finding.as_line() for finding in self.findings if finding.severity != "note"]
         if self.quarantined:
             lines.append(quarantine_note(self.quarantined))
+        if self.streamed:
+            lines.append(f"columns and the first {len(self.data.train):,} examples were looked at, no more of what is streamed")
         return lines or ["nothing to object to in columns, labels, classes and file sizes (bit-mixup doctor --full decodes all)"]
 
     def _weight_lines(self) -> list[str]:
@@ -176,7 +188,7 @@ class Plan:
 
     def _rule_lines(self) -> list[str]:
         hyper, config = self.resolution.hyper, self.config
-        size = size_class(len(self.data.train))
+        size = size_class(self.num_train)
         limits = {"small": f"below {SMALL:,}", "medium": f"{SMALL:,} to {MEDIUM - 1:,}", "large": f"{MEDIUM:,} or more"}
         rates = [
             f"steps {first}-{last}: {start:.4g}" + (f" rising to {end:.4g}" if end > start else "")
@@ -217,7 +229,7 @@ class Plan:
         if label_share:
             lines.append(f"to the labels that is a smoothing by {label_share:.4f} toward the class frequencies")
         plain = law.mixed == "both" and not law.label_smoothing and law.form == "exact"
-        if label_share and plain and len(self.data.train) > 1:
+        if label_share and plain and self.num_train > 1 and not self.streamed:
             counts = np.bincount(self.data.train.labels, minlength=self.data.num_classes).tolist()
             accuracy, floor = best_train_accuracy(law.alpha, counts), loss_floor(law.alpha, counts)
             lines.append(
@@ -233,7 +245,7 @@ class Plan:
 
     def _batch_lines(self) -> list[str]:
         hyper, processes, passes = self.resolution.hyper, self.environment.num_processes, len(self.cuts[0])
-        epochs = hyper.steps * hyper.batch_size / len(self.data.train)
+        epochs = hyper.steps * hyper.batch_size / self.num_train
         return [
             f"{hyper.batch_size} examples a step{self._mark('batch_size')} = {processes} process(es) x {passes} micro-batch(es) "
             f"of up to {self.largest_micro_batch}{self.config.micro_batch_note}; {epochs:.3g} passes over the training set",
@@ -270,20 +282,29 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
     if not weights.architecture:  # of a repository only its own configuration says what is in it
         weights = fetch(weights, revision=config.revision)
     quarantine = Quarantine(progress=environment.num_processes == 1)
-    data = load_image_dataset(
-        config.dataset if source is None else source,
-        config=config.dataset_config,
-        revision=config.dataset_revision,
-        train_split=config.train_split,
-        test_split=config.test_split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        examples_per_class=config.examples_per_class,
-        few_shot_seed=config.few_shot_seed,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-        leave_out=quarantine.leave_out if config.corrupt_images == "quarantine" else None,
-    )
+    asked: dict[str, Any] = {
+        "config": config.dataset_config,
+        "revision": config.dataset_revision,
+        "train_split": config.train_split,
+        "test_split": config.test_split,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+    }
+    streamed = None
+    if config.streaming:
+        if source is not None:
+            raise ConfigError("streaming is for data that are read from files or the hub; these are in memory. Leave it out.")
+        data, streamed = stream_image_dataset(config.dataset, **asked, train_examples=config.train_examples)
+    else:
+        data = load_image_dataset(
+            config.dataset if source is None else source,
+            **asked,
+            examples_per_class=config.examples_per_class,
+            few_shot_seed=config.few_shot_seed,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+            leave_out=quarantine.leave_out if config.corrupt_images == "quarantine" else None,
+        )
     if to_be_run:
         run.check_space(weights.shape.parameter_count(data.num_classes), keep_checkpoints=config.keep_checkpoints)
     corruption = None
@@ -298,8 +319,11 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
     for part in (data.test, data.validation):
         if part is not None:  # a broken file is better met before training than after it
             summarize_sizes(part, small_area=SMALL_IMAGE_AREA, seed=config.seed)
-    findings = [*column_findings(data), *examine(data, sizes, few_shot=config.examples_per_class is not None)]
-    resolution = resolve(config, num_examples=len(data.train), image_area=sizes.median_area, weights=weights)
+    findings = column_findings(data)
+    if not streamed:  # of a sample, missing classes and the like would mean nothing
+        findings += examine(data, sizes, few_shot=config.examples_per_class is not None)
+    num_train = streamed.num_examples if streamed else len(data.train)
+    resolution = resolve(config, num_examples=num_train, image_area=sizes.median_area, weights=weights)
     law = config.law(resolution.hyper.mixup_alpha)
     shrinks = law.input_shrink < 1 or law.label_shrink < 1
     check_rule(config.prediction_rule, shrinks=shrinks, held_out=data.validation is not None)
@@ -317,6 +341,7 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
         attacker=_find_attacker(config, data, weights),
         findings=tuple(findings),
         quarantined=tuple(quarantine.left_out),
+        streamed=streamed,
     )
 
 

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     PARTNER_ROW = 14
     PARTNER_VIEW = 15
     MEAN_IMAGE = 16
+    STREAM_PASS = 17
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generator:

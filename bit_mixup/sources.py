@@ -13,9 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+import fsspec
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
 from datasets.data_files import EmptyDatasetError
 from datasets.packaged_modules.cache.cache import Cache
+from pyarrow import parquet
 
 from bit_mixup.archives import ARCHIVES, is_archive, list_members, read_members
 from bit_mixup.errors import DataError, did_you_mean
@@ -69,6 +71,107 @@ def open_source(source: str | Dataset | DatasetDict, *, config: str | None = Non
     return replace(opened, splits={name: split.with_format(None) for name, split in opened.splits.items()})
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamedSource:
+    """Splits that are read from where they lie, a picture at a time.
+
+    Args:
+        name: as asked for.
+        splits: by name; pictures are not decoded.
+        files: that each split is read from, as local paths or addresses on the hub.
+        counts: examples of each split, where the data set's card says it.
+        revision: commit hash on the hub; None for data of this machine.
+    """
+
+    name: str
+    splits: dict[str, IterableDataset]
+    files: dict[str, list[str]]
+    counts: dict[str, int]
+    revision: str | None
+
+    def rows(self, split: IterableDataset) -> Iterator[dict[str, Any]]:
+        """What passes by; raises DataError where the stream breaks off."""
+        count = 0
+        try:
+            for row in split:
+                yield row
+                count += 1
+        except MemoryError:
+            raise
+        except Exception as error:  # of the libraries, of many kinds
+            reason = _explain(error, self.name) if self.revision else f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f'data set "{self.name}": the stream broke off after {count:,} examples: {reason}') from error
+
+    def count(self, split: str) -> int | None:
+        """How many examples a split holds, by the card or by what ends a parquet file; None where neither says it."""
+        if split in self.counts:
+            return self.counts[split]
+        if not all(file.endswith(".parquet") for file in self.files.get(split, [""])):
+            return None
+        total = 0
+        for file in self.files[split]:
+            try:
+                with fsspec.open(file, "rb") as stream:
+                    total += parquet.read_metadata(stream).num_rows
+            except Exception as error:
+                reason = _explain(error, self.name) if self.revision else f"{type(error).__name__}: {first_line(error)}"
+                raise DataError(f"{file} can not be read as parquet: {reason}") from error
+        return total
+
+    def keep(self, split: str, columns: list[str]) -> Dataset:
+        """The whole of a split, in the cache of the `datasets` library. Raises DataError as `rows`."""
+        rows = self.splits[split].select_columns(columns)
+        local = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files[split] if os.path.isfile(file)]
+        version = repr((split, columns, self.files[split], local))
+        return _generate(lambda: self.rows(rows), rows.features, version, self.name)
+
+
+def open_stream(source: str, *, config: str | None = None, revision: str | None = None) -> StreamedSource:
+    """Opens parquet files, a folder of them, "digits", or a data set on the hub, without reading it.
+
+    Raises:
+        DataError: there is no such thing, it can not be read, or it is of a kind that is not streamed.
+    """
+    files = _parquet_files(source)
+    if files is None:
+        builder = _hub_builder(source, config, revision)
+        if isinstance(builder, Cache):
+            raise DataError(f'data set "{source}": streaming reads from the hub, which can not be reached. Go online.')
+    elif (config, revision) != (None, None):
+        raise DataError(f"dataset_config and dataset_revision belong to the hub, but {source} is data of this machine.")
+    else:
+        paths = {split: [str(file.absolute()) for file in part] for split, part in files.items()}
+        builder = datasets.load_dataset_builder("parquet", data_files=paths)
+    try:
+        splits = builder.as_streaming_dataset()
+        undecoded = {name: split.decode(False) for name, split in splits.items()}
+    except Exception as error:
+        raise DataError(f'data set "{source}": {_explain(error, source)}') from error
+    named = {split: [str(file) for file in part] for split, part in (builder.config.data_files or {}).items()}
+    commits = {match[1] for part in named.values() for file in part if (match := re.search(r"@([0-9a-f]{40})/", file))}
+    return StreamedSource(
+        name=source,
+        splits=undecoded,
+        files=named,
+        counts={name: info.num_examples for name, info in (builder.info.splits or {}).items() if info.num_examples and not files},
+        revision=next(iter(commits), None),
+    )
+
+
+def _parquet_files(name: str) -> dict[str, list[Path]] | None:
+    """Parquet files of this machine by split; None for what must be an id on the hub."""
+    path = DIGITS_FOLDER if name == DIGITS else Path(os.path.expanduser(name))
+    if os.path.isfile(path) and path.suffix.lower() == ".parquet":
+        return {"train": [path]}
+    if not os.path.exists(path):
+        return None
+    if os.path.isdir(path) and list(path.glob("*.parquet")):
+        kind, files = _find_data_files(path)
+        if kind == "parquet":
+            return files
+    raise DataError(f"{path} can not be streamed: parquet files and data sets on the hub can. Leave --streaming out.")
+
+
 def _open_memory(source: Dataset | DatasetDict) -> Source:
     return Source(splits={"train": source} if isinstance(source, Dataset) else dict(source))
 
@@ -109,6 +212,11 @@ def _from_folder(path: Path) -> Source:
         return _from_class_folders(split_folders, path)
     if folders and any(_pictures(folder) for folder in folders):
         return _from_class_folders({"train": path}, path)
+    return _read_files(*_find_data_files(path))
+
+
+def _find_data_files(path: Path) -> tuple[str, dict[str, list[Path]]]:
+    """Which kind of data files a folder holds, and those of each split."""
     files: dict[str, list[Path]] = {}
     kinds = set()
     for file in sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _DATA_FILES):
@@ -128,7 +236,7 @@ def _from_folder(path: Path) -> Source:
                 f"{path}: {len(shards)} shard(s) of {split}, but their names speak of {max(totals)}. Fetch the others."
             )
     if "train" in files and len(kinds) == 1:
-        return _read_files(kinds.pop(), files)
+        return kinds.pop(), files
     raise DataError(
         f"{path} holds neither class folders with pictures, nor split folders (train, test, ...) of them, nor data files "
         "named train.csv, train.parquet or train.json."
@@ -237,15 +345,21 @@ def _read_archive(
 
     if not wanted:
         return Dataset.from_dict({"image": [], "label": []}, features=features)
-    fingerprint = sha256(f"{split} {version}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    rows = _generate(read, features, f"{split} {version}", str(path))
+    position = {name: row for row, name in enumerate(name for name in listed if name in wanted)}
+    return rows.select([position[name] for name in wanted])
+
+
+def _generate(read: Callable[[], Iterator[dict[str, Any]]], features: Features, version: str, where: str) -> Dataset:
+    """What a generator yields as a data set, kept in the library's cache until the version is another."""
+    fingerprint = sha256(version.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     try:
         rows: Dataset = _quietly(lambda: Dataset.from_generator(read, features=features, fingerprint=fingerprint))
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from error
-        raise DataError(f"{path} can not be read: {error.__cause__ or error}") from error
-    position = {name: row for row, name in enumerate(name for name in listed if name in wanted)}
-    return rows.select([position[name] for name in wanted])
+        raise DataError(f"{where} can not be read: {error.__cause__ or error}") from error
+    return rows
 
 
 def _check_name(path: Path) -> None:
@@ -282,17 +396,24 @@ def _quietly(read: Callable[[], Any]) -> Any:
             datasets.enable_progress_bars()
 
 
-def _from_hub(name: str, *, config: str | None, revision: str | None) -> Source:
+def _hub_builder(name: str, config: str | None, revision: str | None) -> datasets.DatasetBuilder:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise DataError(f'data set "{name}": there is no such file or folder, and a hub id looks like user/name.')
     try:
-        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        return datasets.load_dataset_builder(name, config, revision=revision)
+    except Exception as error:  # the libraries raise many kinds
+        raise DataError(f'data set "{name}": {_explain(error, name)}') from error
+
+
+def _from_hub(name: str, *, config: str | None, revision: str | None) -> Source:
+    builder = _hub_builder(name, config, revision)
+    try:
         _fetch(builder)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
     except DataError:
         raise
-    except Exception as error:  # the libraries raise many kinds
+    except Exception as error:
         raise DataError(f'data set "{name}": {_explain(error, name)}') from error
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     commit = _commit(splits)

@@ -181,7 +181,7 @@ def _from_lists(opened: Source, asked: _Columns, column: str, name: str, leave_o
 
     split = pick_split(opened, asked.train, "train_split")
     data = opened.splits[split]
-    image_column = find_image_column(data, asked.image, opened.folder)
+    image_column = find_image_column(data, asked.image)
     class_names, index = _list_classes(data, column, split)
     parts: list[Part] = []
     for place in [split, *([pick_split(opened, asked.test, "test_split")] if asked.test else [])]:

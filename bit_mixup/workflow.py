@@ -34,12 +34,14 @@ from bit_mixup.launching import (
     torch_threads,
 )
 from bit_mixup.laws import NEIGHBOURS
+from bit_mixup.loading import Stream
 from bit_mixup.memory import memory_explained
 from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, Normalize, build_bit, save_model, std_eps_effect
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.plots import reliability_diagram, save_figure
 from bit_mixup.prediction import nearest_neighbours, predict_features
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
+from bit_mixup.streaming import StreamedExamples
 from bit_mixup.training import fit_micro_batch, train
 from bit_mixup.unmixing import MixupRecord, RuleChoice
 from bit_mixup.voting import Council
@@ -156,7 +158,7 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
         watch=watch_scores(plan, accelerator, workers),
         watch_every=config.score_every or 1,
         seed=config.seed,
-        num_workers=workers,
+        num_workers=0 if plan.streamed else workers,  # one process reads the stream
         log_every=config.log_every,
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
@@ -192,8 +194,16 @@ def _training_means(plan: Plan, model: ResNetV2) -> tuple[MixupRecord, DataMeans
     return MixupRecord.of(law, class_frequencies=frequencies, mean_image=image), means
 
 
-def _stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int) -> TrainingStream | PartneredStream:
+def _stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int) -> Stream:
     """The training examples, with their partners where the law chooses these from the whole training set."""
+    if plan.streamed is not None:
+        return StreamedExamples(
+            split=plan.streamed,
+            view=plan.view,
+            seed=plan.config.seed,
+            batch_size=plan.resolution.hyper.batch_size,
+            buffer_size=plan.config.shuffle_buffer,
+        )
     stream = TrainingStream(part=plan.data.train, view=plan.view, seed=plan.config.seed)
     if not plan.law.loads_partners:
         return stream

@@ -39,7 +39,7 @@ FLOORS = [
         "scanning",
     },
     {"losses", "data", "prediction", "diagnostics", "launching"},
-    {"training", "upstream", "doctor"},
+    {"training", "upstream", "doctor", "streaming"},
     {"planning", "pretraining"},
     {"judging"},
     {"workflow"},
