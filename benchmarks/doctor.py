@@ -27,6 +27,7 @@ from bit_mixup.doctor import visit
 findings = visit(folder, preset="code", seed=0, full=True)
 """
 TRAIN = """
+more = {more}
 import bit_mixup.workflow as workflow
 from bit_mixup.cli import main
 
@@ -36,7 +37,7 @@ def judge(*arguments, **options):  # comes right after training
 workflow.judge = judge
 try:
     main(["fine-tune", "--dataset", folder, "--model", "bundled", "--preset", "light", "--resolution", "model", "--steps", "4",
-          "--mixup-alpha", "0", "--batch-size", "16", "--threads", "1", "--output-dir", folder + "/run"])
+          "--mixup-alpha", "0", "--batch-size", "16", "--threads", "1", "--output-dir", folder + "/run", "--overwrite", *more])
 except KeyboardInterrupt:
     pass
 """
@@ -131,7 +132,9 @@ def main() -> None:
         show("fast checks, the table read into the cache of `datasets` first", measure(FAST, folder))
         show("fast checks, the table in that cache", measure(FAST, folder))
         show("full scan", measure(FULL, folder))
-        show("fine-tuning, until 4 steps of 16 examples are done", measure(TRAIN, folder, imports="import bit_mixup.workflow"))
+        for what, more in (("", []), (", --streaming", ["--streaming"])):
+            measured = measure(TRAIN.replace("{more}", repr(more)), folder, imports="import bit_mixup.workflow")
+            show(f"fine-tuning{what}, until 4 steps of 16 examples are done", measured)
 
 
 if __name__ == "__main__":

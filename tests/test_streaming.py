@@ -179,6 +179,13 @@ def test_a_resumed_run_goes_on_with_another_pass(asked: dict[str, Any], tmp_path
     assert losses[0][4:] != losses[1][4:]
 
 
+def test_each_start_of_a_run_begins_a_pass_of_its_own(folder: Path) -> None:
+    """Else a run that is often interrupted would see the same first examples again and again."""
+    first, later, again = (numbers(stream(folder), range(32 * step, 32 * (step + 1))) for step in (0, 5, 5))
+    assert later == again
+    assert later != first
+
+
 def test_the_plan_says_what_is_exact(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     result = bit_mixup.transfer(**asked | {"steps": 1})
     said = capsys.readouterr().out
@@ -380,6 +387,18 @@ def test_a_stream_that_stays_broken_is_told(published: str, hub: LoopbackHub, wa
     hub.faults.clear()
     assert isinstance(error, DataError)
     assert re.match(r'data set "streams/published": the stream broke off after \d+ examples: .*busy or down', str(error)), error
+
+
+@pytest.mark.parametrize("path", ["train-0000", "tree/"])
+def test_a_hub_that_is_busy_from_the_start_is_told(
+    path: str, hub: LoopbackHub, folder: Path, waits: list[float], asked: dict[str, Any]
+) -> None:
+    name = f"streams/busy-{path.strip('/')}"  # the client remembers what it was told of others
+    hub.add_dataset(name, {f"data/{file.name}": file for file in sorted(folder.iterdir())})
+    hub.faults[:] = [Fault(f"GET .*{path}", times=-1, status=503)]
+    with pytest.raises(DataError, match=rf'data set "{name}": .*busy or down \(503'):
+        bit_mixup.transfer(**asked | {"dataset": name})
+    hub.faults.clear()
 
 
 def test_streaming_needs_the_hub(published: str, hub: LoopbackHub, waits: list[float], asked: dict[str, Any]) -> None:
