@@ -226,6 +226,11 @@ def counted_by_nobody(place: Path) -> dict[str, Any]:
     return {"dataset": "streams/uncounted"}
 
 
+def damaged_tar(place: Path) -> dict[str, Any]:
+    HUBS["hub"].add_dataset("streams/tars", {f"data/{name}-0000.tar": b"no tar" for name in ("train", "test")})
+    return {"dataset": "streams/tars"}
+
+
 def arrow(place: Path) -> bytes:
     Dataset.from_dict(rows(12), features=CLASSES).save_to_disk(place / "saved")
     return next((place / "saved").glob("*.arrow")).read_bytes()
@@ -273,6 +278,7 @@ BAD: dict[str, tuple[type[BitMixupError], str, Callable[[Path], dict[str, Any]]]
                         lambda place: saved(place, count=SAMPLE + 2, label=[0] * SAMPLE + [1] * 2)),
     "a damaged file": (DataError, "train.parquet.*ArrowInvalid|the stream broke off after 0 examples: ArrowInvalid",
                        lambda place: saved(place) | {"dataset": damaged(place)}),
+    "damaged tars on the hub": (DataError, 'data set "streams/tars": the one on the hub can not be read: ReadError', damaged_tar),
     "counted by nobody": (DataError, "neither its card nor its files say how many examples train holds.*--train-examples",
                           counted_by_nobody),
 }  # fmt: skip
