@@ -10,27 +10,32 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fault_worker as worker
+import numpy as np
 import psutil
 import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from PIL import Image as Pillow
 from test_cli import flags
 from test_training import difference
 
 import bit_mixup
 from bit_mixup.checkpoint import save_checkpoint
 from bit_mixup.cli import main as command
-from bit_mixup.errors import BitMixupError, CheckpointError, Interrupted, MemoryShortError
+from bit_mixup.data import load_image_dataset
+from bit_mixup.errors import BitMixupError, CheckpointError, DataError, Interrupted, MemoryShortError
 from bit_mixup.interruption import Interruption
 from bit_mixup.memory import control_group_rest, find_cuts, is_out_of_memory, largest_pass, memory_explained, smaller_cuts
 from bit_mixup.models import load_bit
+from bit_mixup.prediction import _in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
 from bit_mixup.storage import whole_folder, write_bytes
@@ -182,6 +187,20 @@ def test_errors_of_memory_are_told_from_others() -> None:
     assert not is_out_of_memory(OSError("Cannot allocate memory"))
     with pytest.raises(MemoryShortError, match="out of memory outside"), memory_explained():
         torch.empty(2**60)
+
+
+def test_scoring_goes_on_in_halves_and_says_where_one_picture_does_not_fit() -> None:
+    """What asks for too much memory really does: more than any machine has, for more pictures than fit."""
+    images, sizes = torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 3, 4, 5), []
+
+    def scores(part: torch.Tensor, fitting: int) -> torch.Tensor:
+        sizes.append(len(part))
+        return torch.empty(2**60) if len(part) > fitting else part.flatten(1)
+
+    assert torch.equal(_in_pieces_that_fit(lambda part: scores(part, 2), images), images.flatten(1))
+    assert sizes == [7, 4, 2, 2, 3, 2, 1]
+    with pytest.raises(MemoryShortError, match="a picture of 4 x 5 pixels alone does not fit into memory with this model"):
+        _in_pieces_that_fit(lambda part: scores(part, 0), images)
 
 
 def test_a_control_group_limits_what_is_free(tmp_path: Path) -> None:
@@ -376,6 +395,18 @@ def test_a_folder_that_vanishes_during_training_is_told(
     with pytest.raises(CheckpointError, match="is gone, with all checkpoints"):
         save_checkpoint(RunFolder(run.path / "other"), 3, model, optimizer)
     assert not (run.path / "other").exists()
+
+
+def test_a_cache_that_fills_up_is_told(tmp_path: Path) -> None:
+    """The members of an archive go into the cache of the `datasets` library."""
+    noise = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
+            with archive.open(name, "w") as file:
+                Pillow.fromarray(noise.integers(0, 256, (99, 99, 3), dtype=np.uint8)).save(file, "png")
+    with file_limit(20_000), pytest.raises(DataError, match=r"pictures.zip can not be read: .*File too large"):
+        load_image_dataset(str(tmp_path / "pictures.zip"))
+    assert len(load_image_dataset(str(tmp_path / "pictures.zip")).train) == 2
 
 
 def test_a_write_that_fails_leaves_no_trace(tmp_path: Path) -> None:
