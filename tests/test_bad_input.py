@@ -269,6 +269,16 @@ CASES: dict[str, Case] = {
         launched("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
     ),
     "FSDP": (ConfigError, "uses FSDP.*Use DDP", launched("ACCELERATE_USE_FSDP", "true")),
+    "more processes here than there are": (
+        ConfigError,
+        "WORLD_SIZE is 1 and LOCAL_WORLD_SIZE 2.*Start with torchrun",
+        launched("LOCAL_WORLD_SIZE", "2"),
+    ),
+    "processes by hand": (
+        ConfigError,
+        "WORLD_SIZE is 2, but RANK and MASTER_ADDR are not set.*torchrun or accelerate launch",
+        launched("WORLD_SIZE", "2"),
+    ),
     "processes in words": (
         ConfigError,
         "WORLD_SIZE .*not a whole number.*two.*Start with torchrun",
