@@ -99,11 +99,12 @@ def train(
     done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
     work = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, num_workers)
     wrapped = accelerator.prepare_optimizer(optimizer)
-    council, log = Council(accelerator), StepLog(accelerator, run, stream, hyper, first_step=first_step)
+    council = Council(accelerator)
     council.agree(lambda: {"the steps done": first_step, "the weights (digest)": digest_weights(model)})
+    log = StepLog(accelerator, run, stream, hyper, first_step=first_step)
     work.cut(cuts, first_step=first_step)
     model.train()
-    with Interruption(deferring=True) as signals, closing(work):
+    with Interruption(deferring=True) as signals, closing(work), closing(log):
         while done < hyper.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done, hyper)
@@ -128,10 +129,8 @@ def train(
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
                 save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
             if stopping:
-                log.close()
                 accelerator.wait_for_everyone()
                 raise Interrupted(stopping, f"stopped after step {done}; {run.checkpoint(done)} holds it. Go on with --resume.")
-    log.close()
     accelerator.wait_for_everyone()
     return model.to(memory_format=torch.contiguous_format)
 

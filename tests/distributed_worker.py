@@ -1,6 +1,7 @@
 """What one of several processes does in test_distributed.py; started by torchrun, once for each world size.
 
-    torchrun --standalone --nproc_per_node 2 tests/distributed_worker.py FOLDER WEIGHTS
+    torchrun --standalone --nproc_per_node 2 tests/distributed_worker.py FOLDER WEIGHTS WORLD_SIZE
+    torchrun --nnodes 2 --nproc_per_node 1 ... tests/distributed_worker.py FOLDER WEIGHTS machines
 
 Leaves in FOLDER what the test compares with a single process.
 """
@@ -178,7 +179,7 @@ def disagree(folder: Path, weights: str, rank: int) -> dict[str, tuple[int, str]
 
 @contextmanager
 def signal_to_oneself(number: int, run: RunFolder) -> Iterator[None]:
-    """Sends a signal to this process alone, once the run has trained some steps."""
+    """Sends a signal to this process alone, once the run has written its first losses."""
 
     def wait() -> None:
         while not run.metrics.is_file():
@@ -206,6 +207,20 @@ def interrupt(folder: Path, weights: str, rank: int) -> tuple[int, str]:
     return found
 
 
+def lose_a_process(folder: Path, weights: str, rank: int) -> None:
+    """A long run whose last process is killed on the way; what the other one hears."""
+    run = RunFolder(folder / "bereft")
+    arguments = [*options(run.path, weights), "--steps", "4000", "--log-every", "20", "--save-every", "10"]
+    if rank == int(os.environ["WORLD_SIZE"]) - 1:
+        with signal_to_oneself(signal.SIGKILL, run):
+            command(arguments)
+    start = time.monotonic()
+    status, words = outcome(arguments)
+    report = {"status": status, "words": words, "seconds": time.monotonic() - start}
+    (folder / f"bereft_{rank}.json").write_text(json.dumps(report))
+    raise SystemExit(status)  # or its agent would wait for the other machine's to be done, too
+
+
 def count_backward_calls(folder: Path, weights: str, accelerator: Accelerator) -> dict[int, int]:
     """How often this process computes gradients in two steps, by batch size; sizes that no number of processes divides."""
     part = load_image_dataset("digits", examples_per_class=20).train
@@ -229,6 +244,10 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     print(f"world size {accelerator.num_processes}, rank {accelerator.process_index}", flush=True)
+    if argv[2] == "machines":
+        command(options(folder / "whole", weights))
+        lose_a_process(folder, weights, accelerator.process_index)
+        return
     assert accelerator.num_processes == int(argv[2])
     train(folder / "double", weights, accelerator)
     pretrain(folder, weights, accelerator)
