@@ -31,13 +31,19 @@ from bit_mixup.checkpoint import save_checkpoint
 from bit_mixup.cli import main as command
 from bit_mixup.data import load_image_dataset
 from bit_mixup.errors import BitMixupError, CheckpointError, DataError, Interrupted, MemoryShortError
+from bit_mixup.examples import TrainingStream
+from bit_mixup.hyperrule import HyperParameters
+from bit_mixup.images import View
 from bit_mixup.interruption import Interruption
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.memory import control_group_rest, find_cuts, is_out_of_memory, largest_pass, memory_explained, smaller_cuts
 from bit_mixup.models import load_bit
+from bit_mixup.objectives import SoftmaxCrossEntropy
 from bit_mixup.prediction import _in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
 from bit_mixup.storage import whole_folder, write_bytes
+from bit_mixup.training import train
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 # Memory
+
+VIEW = View(resize_size=48, crop_size=40, flip=False, interpolation="bilinear")
 
 
 @pytest.mark.parametrize("name", worker.MEASURED)
@@ -91,6 +99,30 @@ def test_where_nothing_fits_the_run_says_so(outcomes: tuple[Path, dict[str, Any]
     assert "bit-mixup: error: " in text
     assert "out of memory" in text
     assert "Traceback" not in text
+
+
+class Greedy(SoftmaxCrossEntropy):
+    """Asks for more memory than any machine has, whatever the batch."""
+
+    def targets(self, labels: torch.Tensor, *, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
+        torch.empty(2**60)
+        return super().targets(labels, num_classes=num_classes, dtype=dtype)
+
+
+def test_where_not_even_the_least_fits_training_stops(tiny_bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = TrainingStream(part=load_image_dataset("digits").train, view=VIEW, seed=0)
+    hyper = HyperParameters(
+        resize_size=48, crop_size=40, steps=2, warmup_steps=0, decay_steps=(), batch_size=16, base_lr=0.003, mixup_alpha=0.4
+    )
+    model, law, run = load_bit(str(tiny_bit), num_classes=10), TrainingLaw(alpha=0.4), RunFolder(tmp_path)
+    with pytest.raises(
+        MemoryShortError, match=r"step 0: out of memory even with 8 example\(s\) at a time and gradient checkpointing"
+    ):
+        train(model, stream, hyper, Accelerator(cpu=True), law=law, cuts=cut_batch(16), run=run, objective=Greedy())
+    said = capsys.readouterr().out
+    assert "step 0: out of memory with micro-batches of 16; going on with 8 (2 a step)" in said
+    assert "step 0: out of memory with micro-batches of 8, the smallest; going on with gradient checkpointing" in said
+    assert run.list_checkpoints() == []
 
 
 def test_auto_finds_a_micro_batch_that_fits_before_training(outcomes: tuple[Path, dict[str, Any]]) -> None:
