@@ -97,6 +97,16 @@ def read_environment(
         local = int(variables.get("LOCAL_WORLD_SIZE", str(num_processes)))
     except ValueError as error:
         raise ConfigError(f"WORLD_SIZE or LOCAL_WORLD_SIZE is not a whole number ({error}). Start with torchrun.") from error
+    if not 1 <= local <= num_processes:
+        raise ConfigError(
+            f"WORLD_SIZE is {num_processes} and LOCAL_WORLD_SIZE {local}: expected 1 <= local <= all. Start with torchrun."
+        )
+    unset = [name for name in ("RANK", "MASTER_ADDR") if name not in variables]
+    if num_processes > 1 and unset:
+        raise ConfigError(
+            f"WORLD_SIZE is {num_processes}, but {' and '.join(unset)} are not set. Start with torchrun or accelerate launch, "
+            "which set all of them, or unset it."
+        )
     notes = []
     if "ACCELERATE_MIXED_PRECISION" in variables:
         notes.append("started by accelerate launch; even_batches and split_batches do not apply, as batches are cut by position")

@@ -201,6 +201,7 @@ def saved_config(content: str) -> Callable[[Place], list[str]]:
 
 
 TWO, NAMED = [0, 1, 0, 1], ClassLabel(names=["cat", "dog"])
+OTHER_COLOURS = {"label_names": list("0123456789"), "num_classes": 10, "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.5] * 3}}
 CASES: dict[str, Case] = {
     # options
     "unknown option": (ConfigError, 'no option "stepz".*did you mean "steps".*fine-tune --help', asks(stepz=3)),
@@ -268,6 +269,21 @@ CASES: dict[str, Case] = {
         launched("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
     ),
     "FSDP": (ConfigError, "uses FSDP.*Use DDP", launched("ACCELERATE_USE_FSDP", "true")),
+    "more processes here than there are": (
+        ConfigError,
+        "WORLD_SIZE is 1 and LOCAL_WORLD_SIZE 2.*Start with torchrun",
+        launched("LOCAL_WORLD_SIZE", "2"),
+    ),
+    "processes by hand": (
+        ConfigError,
+        "WORLD_SIZE is 2, but RANK and MASTER_ADDR are not set.*torchrun or accelerate launch",
+        launched("WORLD_SIZE", "2"),
+    ),
+    "processes in words": (
+        ConfigError,
+        "WORLD_SIZE .*not a whole number.*two.*Start with torchrun",
+        launched("WORLD_SIZE", "two"),
+    ),
     # the run's folder
     "occupied": (CheckpointError, "run holds a run already.*--resume.*--overwrite", lambda place: place.earlier_run()),
     "resumed otherwise": (CheckpointError, "steps: 7 -> 8.*values of then, or choose another", resumed_otherwise),
@@ -328,6 +344,11 @@ CASES: dict[str, Case] = {
         DataError,
         'row 1 of column "file" names .*9.png.*Mend the path',
         lambda place: {"dataset": place.csv("file,label", "0.png,a", "9.png,b", "2.png,a", "3.png,b")},
+    ),
+    "csv with an empty cell": (
+        DataError,
+        'row 1 of column "file" names no picture.*Fill it or remove the row',
+        lambda place: {"dataset": place.csv("file,label", "0.png,a", ",b", "2.png,a", "3.png,b"), "image_column": "file"},
     ),
     "two label columns": (
         DataError,
@@ -513,6 +534,16 @@ CASES: dict[str, Case] = {
         r"config.json: std is \[0.5, 0.5\]; expected a positive number for each of three channels.*Mend it",
         lambda place: {"model": str(place.model(pretrained_cfg={"std": [0.5, 0.5]}))},
     ),
+    "attack from afar": (
+        ConfigError,
+        "attack_from resnetv2_50x1_bit.goog_in21k is not on this machine.*Name the model/ folder",
+        asks(diagnostics=True, attack_from="resnetv2_50x1_bit.goog_in21k"),
+    ),
+    "attack in other colours": (
+        ConfigError,
+        r"model normalises pictures by a mean of \(0.4, 0.4, 0.4\), .* by \(0.5, 0.5, 0.5\): they would not see the same",
+        lambda place: {"diagnostics": True, "attack_from": str(place.model(**OTHER_COLOURS))},
+    ),
     "normalisation that timm lacks": (
         WeightsError,
         "can not build resnetv2_50x1_bit with .*KeyError: 'nrom'",
@@ -583,6 +614,8 @@ SAME_RAISE: dict[str, Case] = {
     "unknown train split": (DataError, 'train_split "trian".*did you mean "train"', asks(train_split="trian")),
     "steps of a fraction": (ConfigError, "steps is 2.5.*expected .*int", asks(steps=2.5)),
     "a micro-batch of none": (ConfigError, "micro_batch is 0.*at least 1", asks(micro_batch=0)),
+    "a log of nothing": (ConfigError, "log_every is 0.*at least 1", asks(log_every=0)),
+    "fewer than no workers": (ConfigError, "num_workers is -1.*0 or a positive", asks(num_workers=-1)),
 }
 
 

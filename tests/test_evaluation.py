@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from bit_mixup.errors import DataError
+from bit_mixup.errors import DataError, NonFiniteError
 from bit_mixup.evaluation import evaluate
 
 
@@ -85,3 +85,10 @@ def test_class_names_can_not_break_the_table() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="do not fit together"):
         evaluate(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_not_scored(value: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [value, 0.0]])
+    with pytest.raises(NonFiniteError, match="logits are not all finite numbers: there is nothing to score"):
+        evaluate(logits, torch.tensor([0, 1]), ["a", "b"])

@@ -10,30 +10,40 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fault_worker as worker
-import psutil
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from PIL import Image as Pillow
 from test_cli import flags
 from test_training import difference
 
 import bit_mixup
 from bit_mixup.checkpoint import save_checkpoint
 from bit_mixup.cli import main as command
-from bit_mixup.errors import BitMixupError, CheckpointError, Interrupted, MemoryShortError
+from bit_mixup.data import load_image_dataset
+from bit_mixup.errors import BitMixupError, CheckpointError, DataError, Interrupted, MemoryShortError
+from bit_mixup.examples import TrainingStream
+from bit_mixup.hyperrule import HyperParameters
+from bit_mixup.images import View
 from bit_mixup.interruption import Interruption
+from bit_mixup.laws import TrainingLaw
 from bit_mixup.memory import control_group_rest, find_cuts, is_out_of_memory, largest_pass, memory_explained, smaller_cuts
 from bit_mixup.models import load_bit
+from bit_mixup.objectives import SoftmaxCrossEntropy
+from bit_mixup.prediction import _in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
 from bit_mixup.storage import whole_folder, write_bytes
+from bit_mixup.training import train
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 # Memory
+
+VIEW = View(resize_size=48, crop_size=40, flip=False, interpolation="bilinear")
 
 
 @pytest.mark.parametrize("name", worker.MEASURED)
@@ -87,6 +99,30 @@ def test_where_nothing_fits_the_run_says_so(outcomes: tuple[Path, dict[str, Any]
     assert "bit-mixup: error: " in text
     assert "out of memory" in text
     assert "Traceback" not in text
+
+
+class Greedy(SoftmaxCrossEntropy):
+    """Asks for more memory than any machine has, whatever the batch."""
+
+    def targets(self, labels: torch.Tensor, *, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
+        torch.empty(2**60)
+        return super().targets(labels, num_classes=num_classes, dtype=dtype)
+
+
+def test_where_not_even_the_least_fits_training_stops(tiny_bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = TrainingStream(part=load_image_dataset("digits").train, view=VIEW, seed=0)
+    hyper = HyperParameters(
+        resize_size=48, crop_size=40, steps=2, warmup_steps=0, decay_steps=(), batch_size=16, base_lr=0.003, mixup_alpha=0.4
+    )
+    model, law, run = load_bit(str(tiny_bit), num_classes=10), TrainingLaw(alpha=0.4), RunFolder(tmp_path)
+    with pytest.raises(
+        MemoryShortError, match=r"step 0: out of memory even with 8 example\(s\) at a time and gradient checkpointing"
+    ):
+        train(model, stream, hyper, Accelerator(cpu=True), law=law, cuts=cut_batch(16), run=run, objective=Greedy())
+    said = capsys.readouterr().out
+    assert "step 0: out of memory with micro-batches of 16; going on with 8 (2 a step)" in said
+    assert "step 0: out of memory with micro-batches of 8, the smallest; going on with gradient checkpointing" in said
+    assert run.list_checkpoints() == []
 
 
 def test_auto_finds_a_micro_batch_that_fits_before_training(outcomes: tuple[Path, dict[str, Any]]) -> None:
@@ -176,12 +212,33 @@ def test_errors_of_memory_are_told_from_others() -> None:
         torch.empty(2**60)
     assert is_out_of_memory(failed.value)
     assert is_out_of_memory(MemoryError())
+    for text in (
+        "could not create a primitive",
+        "could not create a memory object",
+        "std::bad_alloc",
+        "mmap: Cannot allocate memory",
+    ):
+        assert is_out_of_memory(RuntimeError(text)), "so oneDNN, C++ and the system say it, as torch passes it on"
     with pytest.raises(RuntimeError) as failed:
         torch.zeros(2) @ torch.zeros(3)
     assert not is_out_of_memory(failed.value)
     assert not is_out_of_memory(OSError("Cannot allocate memory"))
     with pytest.raises(MemoryShortError, match="out of memory outside"), memory_explained():
         torch.empty(2**60)
+
+
+def test_scoring_goes_on_in_halves_and_says_where_one_picture_does_not_fit() -> None:
+    """What asks for too much memory really does: more than any machine has, for more pictures than fit."""
+    images, sizes = torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 3, 4, 5), []
+
+    def scores(part: torch.Tensor, fitting: int) -> torch.Tensor:
+        sizes.append(len(part))
+        return torch.empty(2**60) if len(part) > fitting else part.flatten(1)
+
+    assert torch.equal(_in_pieces_that_fit(lambda part: scores(part, 2), images), images.flatten(1))
+    assert sizes == [7, 4, 2, 2, 3, 2, 1]
+    with pytest.raises(MemoryShortError, match="a picture of 4 x 5 pixels alone does not fit into memory with this model"):
+        _in_pieces_that_fit(lambda part: scores(part, 0), images)
 
 
 def test_a_control_group_limits_what_is_free(tmp_path: Path) -> None:
@@ -239,9 +296,9 @@ def test_a_signal_leads_to_a_checkpoint_and_resume_to_the_same_bits(
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def send() -> None:
-        for child in multiprocessing.active_children() if workers else []:  # as schedulers do: to all processes of a job
-            psutil.Process(child.pid).send_signal(signal.Signals[name])
-        os.kill(os.getpid(), signal.Signals[name])
+        """As schedulers do: to all processes of a job, from another one. Torch forgives a worker that its parent ends."""
+        processes = [child.pid for child in multiprocessing.active_children()] if workers else []
+        subprocess.run(["sh", "-c", f"kill -s {name[3:]} {' '.join(map(str, [*processes, os.getpid()]))}"], check=True)
 
     with once(run.metrics.is_file, send), pytest.raises(SystemExit) as stopped:
         command(["fine-tune", *flags(options)])
@@ -272,6 +329,7 @@ def test_outside_of_training_a_signal_stops_at_once() -> None:
         with Interruption(deferring=False):
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(5)
+            raise AssertionError("it went on")
 
     def where_it_ends() -> None:
         with Interruption(deferring=True) as signals:
@@ -376,6 +434,18 @@ def test_a_folder_that_vanishes_during_training_is_told(
     with pytest.raises(CheckpointError, match="is gone, with all checkpoints"):
         save_checkpoint(RunFolder(run.path / "other"), 3, model, optimizer)
     assert not (run.path / "other").exists()
+
+
+def test_a_cache_that_fills_up_is_told(tmp_path: Path) -> None:
+    """The members of an archive go into the cache of the `datasets` library."""
+    noise = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
+            with archive.open(name, "w") as file:
+                Pillow.fromarray(noise.integers(0, 256, (99, 99, 3), dtype=np.uint8)).save(file, "png")
+    with file_limit(20_000), pytest.raises(DataError, match=r"pictures.zip can not be read: .*File too large"):
+        load_image_dataset(str(tmp_path / "pictures.zip"))
+    assert len(load_image_dataset(str(tmp_path / "pictures.zip")).train) == 2
 
 
 def test_a_write_that_fails_leaves_no_trace(tmp_path: Path) -> None:

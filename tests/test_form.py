@@ -196,6 +196,23 @@ def test_raises_are_of_our_own_classes() -> None:
     assert ours - {error for _, error in raised} == {"BitMixupError"}
 
 
+@pytest.mark.parametrize(("table", "least"), [("Bad input", 60), ("Faults", 20)])
+def test_tables_of_reliability_name_tests_that_exist(table: str, least: int) -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").split(f"\n## {table}\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what |")]
+    named = [re.fullmatch(r"\| .+ \| .+ \| `(test_\w+\.py)::(\w+)(?:\[(.+)\])?` \|", row) for row in rows]
+    assert len(rows) >= least
+    assert all(named), f"no test is named in: {rows[named.index(None)]}"
+    trees = {
+        file: ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")) for file in {found[1] for found in named if found}
+    }
+    tests = {file: {function.name for function in functions(tree)} for file, tree in trees.items()}
+    cases = {file: {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} for file, tree in trees.items()}
+    for file, name, case in (found.groups() for found in named if found):
+        assert name in tests[file], f"{file} has no {name}"
+        assert case is None or case in cases[file], f"{file} knows nothing of {case}"
+
+
 def test_readme_is_short_and_names_every_file() -> None:
     assert 40 < len(README.splitlines()) < 200
     for name in set(FILES) - {"__init__", "__main__"}:

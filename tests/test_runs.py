@@ -62,6 +62,17 @@ def test_a_run_killed_in_its_first_write_can_be_resumed(quick: dict[str, Any]) -
     assert list(quick["output_dir"].glob(".writing-*")) == []
 
 
+def test_a_line_of_metrics_that_a_kill_cut_short_is_written_again(quick: dict[str, Any]) -> None:
+    bit_mixup.transfer(**quick)
+    run = RunFolder(quick["output_dir"])
+    losses = [row["loss"] for row in run.read_metrics()]
+    shutil.rmtree(run.checkpoint(6))  # killed after the fifth step, while its line was written
+    run.metrics.write_bytes(b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:5])[:-20])
+    bit_mixup.transfer(**quick, resume=True)
+    assert [row["step"] for row in run.read_metrics()] == list(range(6))
+    assert [row["loss"] for row in run.read_metrics()] == losses
+
+
 def test_resuming_keeps_the_record_of_the_start_and_says_what_is_otherwise(
     quick: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -278,6 +278,8 @@ BAD: dict[str, tuple[type[BitMixupError], str, Callable[[Path], dict[str, Any]]]
                         lambda place: saved(place, count=SAMPLE + 2, label=[0] * SAMPLE + [1] * 2)),
     "a damaged file": (DataError, "train.parquet.*ArrowInvalid|the stream broke off after 0 examples: ArrowInvalid",
                        lambda place: saved(place) | {"dataset": damaged(place)}),
+    "a damaged shard": (DataError, r"train-00001-of-00002.parquet can not be read as parquet: ArrowInvalid: .*Parquet magic",
+                        lambda place: damaged_shard(place)),
     "damaged tars on the hub": (DataError, 'data set "streams/tars": the one on the hub can not be read: ReadError', damaged_tar),
     "counted by nobody": (DataError, "neither its card nor its files say how many examples train holds.*--train-examples",
                           counted_by_nobody),
@@ -287,6 +289,14 @@ BAD: dict[str, tuple[type[BitMixupError], str, Callable[[Path], dict[str, Any]]]
 def damaged(place: Path) -> str:
     (place / "train.parquet").write_bytes(b"PAR1 and no more")
     return str(place)
+
+
+def damaged_shard(place: Path) -> dict[str, Any]:
+    """The second of two: the first says what kind of columns there are."""
+    asked = saved(place, count=SAMPLE + 2)  # more than are looked at first
+    (place / "train.parquet").rename(place / "train-00000-of-00002.parquet")
+    (place / "train-00001-of-00002.parquet").write_bytes(b"PAR1 and no more")
+    return asked
 
 
 @pytest.mark.parametrize("name", BAD)
