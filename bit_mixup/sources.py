@@ -99,8 +99,7 @@ class StreamedSource:
         except MemoryError:
             raise
         except Exception as error:  # of the libraries, of many kinds
-            reason = _explain(error, self.name) if self.revision else f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f'data set "{self.name}": the stream broke off after {count:,} examples: {reason}') from error
+            raise DataError(f'data set "{self.name}": the stream broke off after {count:,} examples: {_why(error)}') from error
 
     def count(self, split: str) -> int | None:
         """How many examples a split holds, by the card or by what ends a parquet file; None where neither says it."""
@@ -114,8 +113,7 @@ class StreamedSource:
                 with fsspec.open(file, "rb") as stream:
                     total += parquet.read_metadata(stream).num_rows
             except Exception as error:
-                reason = _explain(error, self.name) if self.revision else f"{type(error).__name__}: {first_line(error)}"
-                raise DataError(f"{file} can not be read as parquet: {reason}") from error
+                raise DataError(f"{file} can not be read as parquet: {_why(error)}") from error
         return total
 
     def keep(self, split: str, columns: list[str]) -> Dataset:
@@ -438,6 +436,11 @@ def _fetch(builder: datasets.DatasetBuilder) -> None:
         for url, file in zip(files[split], fetched[split], strict=True):
             if damage := take_out_if_damaged(Path(file)):
                 raise DataError(f"{url.removeprefix('hf://datasets/')}: {damage}")
+
+
+def _why(error: Exception) -> str:
+    """What kept a stream from going on, by the hub's answer or in the library's words."""
+    return explain(error, instead="leave --streaming out") or f"{type(error).__name__}: {first_line(error)}"
 
 
 def _explain(error: Exception, name: str) -> str:

@@ -193,9 +193,9 @@ def signal_to_oneself(number: int, run: RunFolder) -> Iterator[None]:
 
 
 def interrupt(folder: Path, weights: str, rank: int) -> tuple[int, str]:
-    """A run of 40 steps that SIGUSR1, sent to the last rank alone, stops on the way; and resumed."""
+    """A run of 16 steps that SIGUSR1, sent to the last rank alone, stops on the way; and resumed."""
     run = RunFolder(folder / "signalled")
-    arguments = [*options(run.path, weights), "--steps", "40", "--log-every", "1", "--save-every", "1000"]
+    arguments = [*options(run.path, weights), "--steps", "16", "--log-every", "1", "--save-every", "1000"]
     if rank == int(os.environ["WORLD_SIZE"]) - 1:
         with signal_to_oneself(signal.SIGUSR1, run):
             found = outcome(arguments)
@@ -203,7 +203,7 @@ def interrupt(folder: Path, weights: str, rank: int) -> tuple[int, str]:
         found = outcome(arguments)
     Accelerator(cpu=True).wait_for_everyone()
     command([*arguments, "--resume"])
-    command([*options(folder / "undisturbed", weights), "--steps", "40", "--log-every", "1", "--save-every", "1000"])
+    command([*options(folder / "undisturbed", weights), "--steps", "16", "--log-every", "1", "--save-every", "1000"])
     return found
 
 
