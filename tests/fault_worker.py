@@ -39,9 +39,13 @@ MEASURED = {  # network, pixels, examples of a pass
     "large": ("resnetv2_50x1_bit", 128, 8),
 }
 LADDERS = {  # MB of room, in the order in which they are tried, for a run that should end in such a way
-    "halved": (200, 150, 100, 250),
-    "checkpointed": (60, 40, 30, 50, 80, 20, 70, 25),
-    "refused": (5, 10, 15, 1),
+    "halved": (350, 400, 325),
+    "checkpointed": (190, 160, 225),
+    "refused": (60, 20),
+}
+ALLOCATOR = {  # glibc's: with it each tensor is a mapping of its own, so that the room which is left does not hang on the heap
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
 }
 
 
@@ -101,10 +105,11 @@ def options(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def limited(folder: Path, headroom: int, *more: str) -> None:
-    """That run with an address space of so many bytes more than there are in use."""
+def limited(folder: Path, headroom: int, *more: str, address_space: bool = False) -> None:
+    """That run with so many bytes more than there are in use: of data, or of address space, whose limit the program reads."""
     release_memory()  # what earlier runs have left in the heap would do for much
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + headroom, resource.RLIM_INFINITY))
+    limit, used = (resource.RLIMIT_AS, "VmSize") if address_space else (resource.RLIMIT_DATA, "VmData")
+    resource.setrlimit(limit, (status(used) + headroom, resource.RLIM_INFINITY))
     command(options(folder, *more))
 
 
@@ -143,7 +148,7 @@ def took_to_checkpointing(folder: Path, name: str) -> bool:
 
 
 def find_limit(folder: Path, end: str, ladder: tuple[int, ...]) -> str:
-    """Name of the first case that ended so. Which room leads to what depends on how the heap lies, and native code may crash."""
+    """Name of the first case that ended so."""
     for megabytes in ladder:
         name = f"limit-{megabytes}"
         code = exit_code(fork(folder, name, lambda name=name, room=megabytes * 2**20: limited(folder / name, room)))
@@ -170,7 +175,8 @@ def main(argv: list[str]) -> None:
     command(options(folder / "warm", "--batch-size", "8"))  # imports what is imported late: that takes room, too
     codes["free"] = exit_code(fork(folder, "free", lambda: command(options(folder / "free"))))
     codes["limits"] = {end: find_limit(folder, end, ladder) for end, ladder in LADDERS.items()}
-    codes["auto"] = exit_code(fork(folder, "auto", lambda: limited(folder / "auto", 400 * 2**20, "--micro-batch", "auto")))
+    auto = ("--micro-batch", "auto")
+    codes["auto"] = exit_code(fork(folder, "auto", lambda: limited(folder / "auto", 450 * 2**20, *auto, address_space=True)))
     # The first step takes seconds: two signals come before it ends.
     child = fork(folder, "twice", lambda: command(options(folder / "twice", "--batch-size", "512")))
     wait_for(folder / "twice" / "plan.json")

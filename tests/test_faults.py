@@ -51,9 +51,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """What became of the cases that need processes of their own."""
     folder = tmp_path_factory.mktemp("faults")
     launch = [sys.executable, worker.__file__, str(folder)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    }
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | worker.ALLOCATOR | {"PYTHONPATH": path}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder, json.loads((folder / "outcomes.json").read_text())
