@@ -14,6 +14,7 @@ import tyro
 from bit_mixup.catalog import PUBLISHED
 from bit_mixup.config import Config, DistillConfig, DoctorConfig, PretrainConfig, TransferConfig
 from bit_mixup.errors import BitMixupError, ConfigError, Interrupted, did_you_mean
+from bit_mixup.requests import RequestKind
 from bit_mixup.storage import write_json
 from bit_mixup.weights import BUNDLED, find_weights, size_text
 
@@ -134,6 +135,12 @@ def _doctor_configuration(arguments: Sequence[str]) -> DoctorConfig:
         prog="bit-mixup doctor",
         description=f"{inspect.cleandoc(DoctorConfig.__doc__ or '')}\n\nThe data set may come first, without its flag.",
     )
+
+
+def _request(arguments: Sequence[str], kind: type[RequestKind]) -> RequestKind:
+    """What is asked of a finished model or run."""
+    command = kind.__name__.removesuffix("Config").lower()
+    return tyro.cli(kind, args=list(arguments), prog=f"bit-mixup {command}", description=inspect.cleandoc(kind.__doc__ or ""))
 
 
 def models_command(arguments: Sequence[str]) -> None:

@@ -39,10 +39,7 @@ class DataConfig:
     """Column of the classes, where it is not plain."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            check_value(field.name, getattr(self, field.name), hints[field.name])
-            _check_extent(field.name, getattr(self, field.name))
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +332,18 @@ class DistillConfig(PretrainConfig):
         super().__post_init__()
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"temperature is {self.temperature}; it must be a positive number.")
+
+
+def check_fields(request: Any) -> None:
+    """Sees whether each field of a dataclass is what its annotation says, and not out of all proportion.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    hints = get_type_hints(type(request))
+    for field in fields(request):
+        check_value(field.name, getattr(request, field.name), hints[field.name])
+        _check_extent(field.name, getattr(request, field.name))
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:

@@ -1,0 +1,137 @@
+"""What may a user ask of a finished model or run?
+
+The commands that come after training, each as a dataclass of its options, as `config` holds those of runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from tyro.conf import Positional
+
+from bit_mixup.config import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What can be asked after training."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+RequestKind = TypeVar("RequestKind", bound=Request)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Request):
+    """Predicts the classes of pictures. Exits with 1 where some of them could not be read."""
+
+    model: Positional[str]
+    """A run's folder, its model/, a hub user/name, or any other model with a head."""
+    pictures: Positional[tuple[str, ...]]
+    """Files, folders, globs, or data sets (whose test split, or the one of --split, is predicted)."""
+    output: Path | None = None
+    """Also write all predictions into this file: .csv or .jsonl."""
+    top: int = 3
+    """How many of the most probable classes to give."""
+    rule: Literal["stored", "raw"] = "stored"
+    """stored: the prediction rule beside the model. raw: the model as it is."""
+    split: str | None = None
+    """Split of a data set. None: test, validation, ..., whichever comes first, else all that there is."""
+    image_column: str | None = None
+    """Column of the pictures, where it is not plain."""
+    batch_size: int = 64
+    """Pictures of a forward pass, at most; less where memory does not do."""
+    num_workers: int = 0
+    """Processes that decode pictures."""
+    threads: int | None = None
+    """Torch's threads. None: the cores."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Request):
+    """Scores a model on a labelled data set, and writes the same report as a run."""
+
+    model: Positional[str]
+    """A run's folder, its model/, a hub user/name, or any other model with a head."""
+    dataset: str | None = None
+    """As of fine-tune. None: the data set of the run."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set that has several."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    split: str | None = None
+    """Split to score. None: for the data set of the run what the run scored, else test, validation, ..., or all that there is."""
+    image_column: str | None = None
+    """Column of the pictures, where it is not plain."""
+    label_column: str | None = None
+    """Column of the classes, where it is not plain."""
+    rule: Literal["stored", "raw"] = "stored"
+    """stored: the prediction rule beside the model. raw: the model as it is."""
+    output_dir: Path | None = None
+    """Folder of the report. None: evaluations/<dataset>-<split> in the run's folder, else runs/evaluate-<dataset>-<split>."""
+    overwrite: bool = False
+    """Write anew what an earlier evaluation wrote there."""
+    batch_size: int = 64
+    """Pictures of a forward pass, at most; less where memory does not do."""
+    num_workers: int = 0
+    """Processes that decode pictures."""
+    threads: int | None = None
+    """Torch's threads. None: the cores."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Request):
+    """Compares runs that scored the same test examples: differences with bootstrap intervals, and McNemar's test."""
+
+    runs: Positional[tuple[str, ...]]
+    """Folders of two or more runs or evaluations; the first is what the others are compared with."""
+    html: Path | None = None
+    """Also write the comparison as a page."""
+    json: Path | None = None
+    """Also write the numbers."""
+    resamples: int = 10_000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Request):
+    """Writes a model as ONNX or as a torch.export program, for programs without timm."""
+
+    model: Positional[str]
+    """A run's folder, its model/, a hub user/name, or any other model with a head."""
+    output: Positional[Path]
+    """Where to: .onnx or .pt2."""
+    rule: bool = False
+    """Build the stored prediction rule in: the output is then probabilities, not logits."""
+    pixels: bool = False
+    """Build normalisation in: the input is then bytes 0 to 255 of RGB pictures that have the right size."""
+    overwrite: bool = False
+    """Replace the file if there is one."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Request):
+    """Publishes the model of a run on the hub, with a model card."""
+
+    run: Positional[Path]
+    """The folder of a finished run."""
+    repository: Positional[str]
+    """user/name on the hub; made if there is none."""
+    dry_run: Path | None = None
+    """Write into this folder what would be published, and publish nothing."""
+    private: bool = False
+    """Make the repository private, if it is made."""
+    license: str | None = None
+    """Of the model, as the hub names it, such as apache-2.0. None: that of the weights, where it is known."""
+    message: str | None = None
+    """Of the commit."""
