@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_f1_score,
+    multiclass_precision,
     multiclass_recall,
     multilabel_average_precision,
     multilabel_f1_score,
@@ -28,23 +29,29 @@ class EvaluationReport:
     Args:
         num_examples: scored.
         accuracy: share whose largest logit is the label's (top-1).
+        accuracy_interval: 95 % confidence interval of the accuracy on more examples of the same kind (Wilson, 1927).
         top5_accuracy: share whose label is among the five largest logits; None with five classes or fewer.
         macro_f1: mean over classes of the harmonic mean of precision and recall, without classes neither present nor predicted.
         balanced_accuracy: mean recall of the classes that are present.
         nll: mean negative log-likelihood in nats.
         calibration: how far confidence can be believed.
         class_accuracy: recall by class name; None for classes without examples.
+        class_precision: share of the predictions of a class that is right; None for classes that are never predicted.
+        class_f1: harmonic mean of the two; None for classes neither present nor predicted.
         class_support: examples by class name.
     """
 
     num_examples: int
     accuracy: float
+    accuracy_interval: tuple[float, float]
     top5_accuracy: float | None
     macro_f1: float
     balanced_accuracy: float
     nll: float
     calibration: CalibrationReport
     class_accuracy: dict[str, float | None]
+    class_precision: dict[str, float | None]
+    class_f1: dict[str, float | None]
     class_support: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,7 +60,8 @@ class EvaluationReport:
 
     def summary(self) -> list[tuple[str, str]]:
         """Names and values of the overall scores, for people."""
-        rows = [("top-1 accuracy", f"{self.accuracy:.2%}")]
+        low, high = self.accuracy_interval
+        rows = [("top-1 accuracy", f"{self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%})")]
         if self.top5_accuracy is not None:
             rows.append(("top-5 accuracy", f"{self.top5_accuracy:.2%}"))
         return [
@@ -94,6 +102,14 @@ def _share(score: Tensor, count: int) -> float:
     return round(float(score) * count) / count
 
 
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, by the score test (Wilson, 1927): it is right near 0 and 1 and for few examples, too."""
+    from scipy.stats import binomtest  # takes a second to import
+
+    interval = binomtest(count, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> EvaluationReport:
     """Scores logits against labels.
 
@@ -119,15 +135,22 @@ def evaluate(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eval
     top5 = None
     if num_classes > 5:
         top5 = _share(multiclass_accuracy(logits, labels, num_classes=num_classes, top_k=5, average="micro"), len(labels))
+    accuracy = _share(multiclass_accuracy(logits, labels, num_classes=num_classes, average="micro"), len(labels))
+    predicted = torch.bincount(logits.argmax(1), minlength=num_classes).tolist()
+    precisions = multiclass_precision(logits, labels, num_classes=num_classes, average="none").tolist()
+    f1s = multiclass_f1_score(logits, labels, num_classes=num_classes, average="none").tolist()
     return EvaluationReport(
         num_examples=len(labels),
-        accuracy=_share(multiclass_accuracy(logits, labels, num_classes=num_classes, average="micro"), len(labels)),
+        accuracy=accuracy,
+        accuracy_interval=share_interval(round(accuracy * len(labels)), len(labels)),
         top5_accuracy=top5,
         macro_f1=float(multiclass_f1_score(logits, labels, num_classes=num_classes, average="macro")),
         balanced_accuracy=math.fsum(present) / len(present),
         nll=calibration.nll,
         calibration=calibration,
         class_accuracy={name: recalls[i] if support[i] else None for i, name in enumerate(class_names)},
+        class_precision={name: precisions[i] if predicted[i] else None for i, name in enumerate(class_names)},
+        class_f1={name: f1s[i] if support[i] or predicted[i] else None for i, name in enumerate(class_names)},
         class_support={name: support[i] for i, name in enumerate(class_names)},
     )
 

@@ -34,6 +34,7 @@ class Judgement:
     Args:
         choice: the rule that the test examples were predicted by, and why.
         logits: of the test examples as they are, (N, K).
+        scores: whose softmax is what that rule predicts, (N, K).
         report: by that rule.
         raw: of the model as it is.
         validation: scores by that rule on held-out training examples, if some were asked for.
@@ -44,6 +45,7 @@ class Judgement:
 
     choice: RuleChoice
     logits: Tensor
+    scores: Tensor
     report: EvaluationReport
     raw: EvaluationReport
     validation: EvaluationReport | None
@@ -63,6 +65,23 @@ class Judgement:
             "last_test_error": last,
             "diagnosis": self.diagnosis,
         }
+
+    def more(self) -> list[tuple[str, str]]:
+        """Headings and text, for people, of what was measured besides the scores of the test examples."""
+        found = []
+        if self.validation:
+            own = "" if self.choice.rule == "raw" else " The rule was chosen on these very examples."
+            scores = f"accuracy {self.validation.accuracy:.2%}, NLL {self.validation.nll:.4f}"
+            text = f"{self.validation.num_examples:,} examples: {scores}.{own}"
+            found.append(("Held out of the training split", text))
+        if self.memorisation:
+            found.append(("Corrupted labels", self.memorisation.as_text()))
+        if self.best_and_last:
+            best, last = self.best_and_last
+            found.append(("Test error on the way", f"{best:.2%} at best, {last:.2%} at last."))
+        if self.diagnosis:
+            found.append(("Between, around and against examples", _diagnosis_text(self.diagnosis)))
+        return found
 
     def table(self, *, worst: int | None = None) -> str:
         """As Markdown, for people; with `worst`, only so many classes and few words."""
@@ -112,11 +131,12 @@ def judge(plan: Plan, model: ResNetV2, record: MixupRecord, accelerator: Acceler
     if plan.corruption is not None:
         predictions = _logits(plan, model, data.train, accelerator, workers).argmax(1).numpy()
         memorised = memorisation(predictions, plan.corruption)
-    raw = score(data.test, test[0])
+    raw, scores = score(data.test, test[0]), predicted(test)
     return Judgement(
         choice=choice,
         logits=test[0],
-        report=raw if choice.rule == "raw" else score(data.test, predicted(test)),
+        scores=scores,
+        report=raw if choice.rule == "raw" else score(data.test, scores),
         raw=raw,
         validation=score(data.validation, predicted(held_out)) if held_out and data.validation else None,
         memorisation=memorised,

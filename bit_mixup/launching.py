@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from bit_mixup.config import RunConfig
 from bit_mixup.environment import Environment, available_cores, versions
 from bit_mixup.errors import ConfigError, ProcessError, did_you_mean
+from bit_mixup.repeating import git_state
 from bit_mixup.runs import TRACKER_PROJECT, RunFolder
 from bit_mixup.sampling import MicroBatch
 from bit_mixup.voting import Council, is_lost_process
@@ -188,6 +189,7 @@ def record_environment(environment: Environment, cuts: list[list[MicroBatch]]) -
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(find_device()),
         "versions": versions(),
         "command": sys.argv,
+        "git": git_state(),
     }
 
 

@@ -19,6 +19,7 @@ from timm.models import save_for_hf
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
+from bit_mixup.environment import versions
 from bit_mixup.errors import WeightsError
 from bit_mixup.images import View
 from bit_mixup.weights import Weights, fetch, find_weights, read_npz
@@ -276,5 +277,10 @@ def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], vie
         "crop_pct": 1.0,
         "crop_mode": "squash",
     }
-    model_config = {"num_classes": len(label_names), "label_names": list(label_names), "std_eps": std_eps}
+    model_config = {
+        "num_classes": len(label_names),
+        "label_names": list(label_names),
+        "std_eps": std_eps,
+        "versions": versions(),  # of the libraries that it was trained with
+    }
     save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)

@@ -7,11 +7,11 @@ the user's own settings.
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ BAR = "#56B4E9"
 OVER, UNDER = ("#D55E00", "#F9DCC8"), ("#0072B2", "#E3F0F8")  # edge and face
 TITLE_WIDTH = 64  # letters that fit on a line
 RESOLUTION = 150  # dots per inch of a PNG
+DRAWN_STEPS = 2_000
+_CURVES = ("step", "loss", "excess_loss", "lr")
+_THEME = {"#000000": "currentColor", "#ffffff": "var(--page)", "#dddddd": "var(--line)", "#cccccc": "var(--line)"}
 METADATA = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}  # what would change with version and time
 
 
@@ -121,6 +124,51 @@ def _draw_counts(axes: "Axes", bars: npt.NDArray[np.float64], *, width: float) -
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
+def training_curves(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]] = ()) -> "Figure":
+    """Loss and rate of each step, one above the other; 8 x 4.5 inches.
+
+    A thin line is the loss of a step, a thick one its mean over the last 2 % of the run; of long runs 2,000 steps are drawn.
+
+    Args:
+        rows: of `metrics.jsonl`, one at least.
+        scores: of `scores.jsonl`; the test loss, where it was measured on the way.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    steps, loss, excess, rate = (np.array([row[name] for row in rows], dtype=float) for name in _CURVES)
+    kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), DRAWN_STEPS)).astype(int))
+    mixed = bool((np.abs(loss - excess) > 1e-6).any())
+    with _settings():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        shown_losses = [(loss, UNDER[0], "loss")] + ([(excess, OVER[0], "loss less the entropy of its labels")] if mixed else [])
+        for values, colour, label in shown_losses:
+            above.plot(steps[kept], values[kept], color=colour, linewidth=0.5, alpha=0.35)
+            above.plot(steps[kept], _running_mean(values, max(1, len(values) // 50))[kept], color=colour, linewidth=1.8, label=label)
+        if scores:
+            done, nll = ([score[name] for score in scores] for name in ("step", "nll"))
+            above.plot(done, nll, color="black", marker="o", markersize=3, linewidth=1, label="test loss")
+        above.set(ylabel="nats", ylim=(min(0.0, float(excess.min())), None))
+        above.legend(loc="upper right", framealpha=0.9)
+        below.plot(steps[kept], rate[kept], color="#777777", linewidth=1.5)
+        below.set(xlabel="step", ylabel="rate", ylim=(0, None))
+        for axes in (above, below):
+            axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+            axes.set_axisbelow(True)
+    return figure
+
+
+def _running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+    """Mean of each value and those before it, `width` in all, or as many as there are."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure whole or not at all, making its folder if need be.
 
@@ -137,14 +185,22 @@ def save_figure(figure: "Figure", path: Path) -> None:
     write_bytes(path, _rendered(figure, kind))
 
 
-def figure_svg(figure: "Figure") -> str:
+def figure_svg(figure: "Figure", *, themed: bool = False) -> str:
     """A figure as an <svg> element to put into an HTML page; letters are drawn as shapes and need no font.
+
+    Args:
+        figure: any figure of matplotlib's.
+        themed: take the page's colours: its text colour for black, and its variables --page and --line for white and light grey.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     document = _rendered(figure, "svg").decode("utf-8")
-    return document[document.index("<svg") :]  # a page may not hold the XML declaration and document type before it
+    element = document[document.index("<svg") :]  # a page may not hold the XML declaration and document type before it
+    if themed:
+        for colour, variable in _THEME.items():
+            element = element.replace(f": {colour}", f": {variable}")
+    return element
 
 
 def _rendered(figure: "Figure", kind: str) -> bytes:

@@ -78,7 +78,7 @@ def _predict(
     with closing(load_batches(view, lists, num_workers=num_workers, device=accelerator.device)) as batches:
         for images, _ in tqdm(batches, **shown):
             with accelerator.autocast():
-                parts.append(_in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
+                parts.append(in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
     outputs = torch.cat(parts)
     longest = len(shares[0])
     padded = torch.cat([outputs, outputs.new_zeros(longest - len(outputs), width)])
@@ -86,7 +86,7 @@ def _predict(
     return torch.cat([rows[: len(share)] for rows, share in zip(gathered, shares, strict=False)])
 
 
-def _in_pieces_that_fit(outputs_of: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def in_pieces_that_fit(outputs_of: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Outputs of pictures (n, 3, H, W), all at a time; in halves where memory does not do, down to one by one."""
     try:
         return outputs_of(images)
@@ -100,7 +100,7 @@ def _in_pieces_that_fit(outputs_of: Callable[[Tensor], Tensor], images: Tensor) 
             "crop_size, choose a smaller model, or use --precision bf16."
         )
     release_memory()
-    return torch.cat([_in_pieces_that_fit(outputs_of, half) for half in images.tensor_split(2)])
+    return torch.cat([in_pieces_that_fit(outputs_of, half) for half in images.tensor_split(2)])
 
 
 def nearest_neighbours(features: Tensor, count: int, *, chunk: int = 1024) -> list[npt.NDArray[np.int64]]:

@@ -4,7 +4,8 @@ config.json   what was asked          plan.json      what that resolved to
 metrics.jsonl a line for each step    checkpoints/   whole or absent
 scores.jsonl  test scores on the way  (where asked for)
 quarantine.json unreadable pictures   (where leaving them out was asked for, and there are any)
-model/        timm's hub layout       report.json, report.md, reliability.png (with diagnostics)
+model/        timm's hub layout       report.html, report.json, report.md, reliability.png (with diagnostics)
+predictions.csv  what was said about each test example     evaluations/  reports of `bit-mixup evaluate`
 """
 
 import json
@@ -78,6 +79,18 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.csv"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
     def diagram(self) -> Path:
         return self.path / "reliability.png"
 
@@ -93,8 +106,10 @@ class RunFolder:
         """The files of a finished run, and what is in them."""
         files = [
             (self.model, "the model, in timm's hub layout"),
+            (self.page, "the report, to open in a browser"),
             (self.report, "all scores"),
             (self.table, "the same as a table"),
+            (self.predictions, "what it says of each test example"),
             (self.diagram, "accuracy against confidence"),
             (self.metrics, "loss and rate of each step"),
             (self.scores, "test scores on the way"),
@@ -194,10 +209,10 @@ class RunFolder:
 
     def _delete(self) -> None:
         """Removes what a run writes, and nothing else; `config.json` last, so that what is left still looks like a run."""
-        for folder in (self.checkpoints, self.model, self.path / TRACKER_PROJECT):
+        for folder in (self.checkpoints, self.model, self.evaluations, self.path / TRACKER_PROJECT):
             remove_folder(folder)
-        files = (self.metrics, self.scores, self.report, self.table, self.diagram, self.nonfinite, self.quarantine)
-        for file in (*files, self.plan, self.config):
+        scored = (self.scores, self.page, self.report, self.table, self.predictions, self.diagram)
+        for file in (self.metrics, *scored, self.nonfinite, self.quarantine, self.plan, self.config):
             file.unlink(missing_ok=True)
 
     def trim_metrics(self, step: int) -> None:

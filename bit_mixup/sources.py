@@ -28,7 +28,7 @@ DIGITS = "digits"
 DIGITS_FOLDER = Path(__file__).parent / "digits"
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 _SPLIT_FOLDERS = ("train", *TEST_SPLITS)
-_DATA_FILES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+DATA_FILES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +195,12 @@ def _open_local(name: str) -> Source | None:
 def _from_file(path: Path) -> Source:
     if is_archive(path):
         return _from_archive(path)
-    if path.suffix.lower() not in _DATA_FILES:
+    if path.suffix.lower() not in DATA_FILES:
         raise DataError(
-            f'{path}: data files end in {", ".join(_DATA_FILES)}, archives in {", ".join(ARCHIVES)}, not "{path.suffix}". '
+            f'{path}: data files end in {", ".join(DATA_FILES)}, archives in {", ".join(ARCHIVES)}, not "{path.suffix}". '
             "Unpack other archives into class folders."
         )
-    return _read_files(_DATA_FILES[path.suffix.lower()], {"train": [path]})
+    return _read_files(DATA_FILES[path.suffix.lower()], {"train": [path]})
 
 
 def _from_folder(path: Path) -> Source:
@@ -208,7 +208,7 @@ def _from_folder(path: Path) -> Source:
     split_folders = {entry.name.lower(): entry for entry in folders if entry.name.lower() in _SPLIT_FOLDERS}
     if "train" in split_folders and any(entry.is_dir() for entry in split_folders["train"].iterdir()):
         return _from_class_folders(split_folders, path)
-    if folders and any(_pictures(folder) for folder in folders):
+    if folders and any(pictures_below(folder) for folder in folders):
         return _from_class_folders({"train": path}, path)
     return _read_files(*_find_data_files(path))
 
@@ -217,7 +217,7 @@ def _find_data_files(path: Path) -> tuple[str, dict[str, list[Path]]]:
     """Which kind of data files a folder holds, and those of each split."""
     files: dict[str, list[Path]] = {}
     kinds = set()
-    for file in sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _DATA_FILES):
+    for file in sorted(entry for entry in path.iterdir() if entry.suffix.lower() in DATA_FILES):
         split = next((s for s in _SPLIT_FOLDERS if re.match(rf"{s}([^a-z]|$)", file.stem.lower())), None)
         numbered = split is not None and all(re.search(r"\d+-of-\d+$", f.stem) for f in [file, *files.get(split, [])])
         if split is None or (split in files and not numbered):
@@ -226,7 +226,7 @@ def _find_data_files(path: Path) -> tuple[str, dict[str, list[Path]]]:
                 "shards (train-00000-of-00002.parquet, ...). Give a single file by its own path."
             )
         files.setdefault(split, []).append(file)
-        kinds.add(_DATA_FILES[file.suffix.lower()])
+        kinds.add(DATA_FILES[file.suffix.lower()])
     for split, shards in files.items():
         totals = [int(match[1]) for file in shards if (match := re.search(r"-of-(\d+)$", file.stem))]
         if totals and totals != [len(shards)] * len(shards):
@@ -241,7 +241,7 @@ def _find_data_files(path: Path) -> tuple[str, dict[str, list[Path]]]:
     )
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
     """The picture files below a folder, but for hidden ones and those in hidden folders."""
     found = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
@@ -256,7 +256,7 @@ def _from_class_folders(split_folders: dict[str, Path], root: Path) -> Source:
     tree = {}
     for split, folder in split_folders.items():
         entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        tree[split] = {entry: _pictures(entry) for entry in entries}
+        tree[split] = {entry: pictures_below(entry) for entry in entries}
     names, rows = _label(tree, split_folders["train"])
     splits = {}
     for split, (files, labels) in rows.items():

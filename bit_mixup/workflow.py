@@ -37,9 +37,12 @@ from bit_mixup.laws import NEIGHBOURS
 from bit_mixup.loading import Stream
 from bit_mixup.memory import memory_explained
 from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, Normalize, build_bit, save_model, std_eps_effect
+from bit_mixup.outcomes import Outcomes
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.plots import reliability_diagram, save_figure
 from bit_mixup.prediction import nearest_neighbours, predict_features
+from bit_mixup.repeating import command_line, facts
+from bit_mixup.report import ReportPage, render_report
 from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 from bit_mixup.streaming import StreamedExamples
 from bit_mixup.training import fit_micro_batch, train
@@ -217,6 +220,7 @@ def _stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int)
 def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
     return {
         "resolved": resolved,
+        "sections": plan.sections(),
         "notes": list(plan.data.notes),
         "doctor": [finding.as_dict() for finding in plan.findings],
         "quarantined": len(plan.quarantined),
@@ -237,6 +241,10 @@ def _write(plan: Plan, model: ResNetV2, record: MixupRecord, judged: Judgement, 
         record.save(folder)
         judged.choice.save(folder)
     write_json(run.report, judged.as_dict() | {"quarantined": len(plan.quarantined)})
+    log_probs = judged.scores.double().log_softmax(1).numpy()
+    outcomes = Outcomes.of(plan.data.test, plan.data.test.labels, log_probs, plan.data.class_names)
+    outcomes.save(run.predictions)
+    write_text(run.page, render_report(_page(plan, judged, outcomes)))
     title = in_markdown(f"{plan.data.name}, {plan.weights.name}, seed {plan.config.seed}")
     left_out = f"{len(plan.quarantined):,} unreadable picture(s) were left out (quarantine.json).\n\n" if plan.quarantined else ""
     write_text(run.table, f"# {title}\n\n{left_out}{judged.table()}")
@@ -249,6 +257,28 @@ def _write(plan: Plan, model: ResNetV2, record: MixupRecord, judged: Judgement, 
     print(f"std_eps {TIMM_STD_EPS:g} instead of {REFERENCE_STD_EPS:g} {changes}\n")
     for path, what in run.written():
         print(f"{path!s:<60} {what}")
+
+
+def _page(plan: Plan, judged: Judgement, outcomes: Outcomes) -> ReportPage:
+    run, config = plan.run, plan.config
+    return ReportPage(
+        title=f"{plan.data.name}: {plan.weights.name} fine-tuned",
+        subtitle=f"{plan.num_train:,} training examples, {plan.data.num_classes} classes, {plan.resolution.hyper.steps:,} steps, "
+        f"seed {config.seed}; in {run.path}",
+        scored="test examples",
+        report=judged.report,
+        raw=judged.raw,
+        choice=judged.choice,
+        outcomes=outcomes,
+        examples=plan.data.test,
+        sections=plan.sections(),
+        metrics=run.read_metrics(),
+        scores=run.read_scores(),
+        findings=[finding.as_dict() for finding in plan.findings],
+        more=judged.more(),
+        command=command_line(config),
+        facts=facts(read_json(run.plan), config.seed),
+    )
 
 
 def time_run(plan: Plan, *, timed_steps: int = 3) -> float:

@@ -1,0 +1,190 @@
+"""What does a person look at after a run?
+
+One page without anything outside of it: it opens by double click, prints, follows the reader's light or dark colours, and whatever classes
+and files are called is text in it.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from bit_mixup.errors import shown
+from bit_mixup.evaluation import EvaluationReport
+from bit_mixup.outcomes import EncodedExamples, Outcomes
+from bit_mixup.plots import figure_svg, reliability_diagram, training_curves
+from bit_mixup.unmixing import RuleChoice
+
+TEMPLATES = Path(__file__).parent / "templates"
+MATRIX_CLASSES = 20  # more are too many for a matrix: the pairs that are confused most are listed
+LISTED_PAIRS = 30
+SHOWN_PICTURES = 12
+THUMBNAIL = 160  # pixels
+SMALL_PICTURE = 64  # pixels; below, pixels are shown as squares
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportPage:
+    """All that a report shows.
+
+    Args:
+        title: of the page.
+        subtitle: a line below it.
+        scored: what the examples are, such as "test examples".
+        report: scores by the chosen prediction rule.
+        raw: scores of the model as it is; the same, where that is the rule.
+        choice: the prediction rule.
+        outcomes: for each example, by the chosen rule.
+        examples: for thumbnails.
+        sections: what was decided and why: headings, and lines under each.
+        metrics: of each training step, where they are known.
+        scores: on the way, where they were asked for.
+        findings: of the doctor, as plain values.
+        more: headings and text, for what a run measured besides.
+        command: that repeats it.
+        facts: names and values of what else it takes to repeat it.
+    """
+
+    title: str
+    subtitle: str
+    scored: str
+    report: EvaluationReport
+    raw: EvaluationReport
+    choice: RuleChoice
+    outcomes: Outcomes
+    examples: EncodedExamples
+    sections: Sequence[tuple[str, Sequence[str]]]
+    metrics: Sequence[dict[str, Any]]
+    scores: Sequence[dict[str, Any]]
+    findings: Sequence[dict[str, Any]]
+    more: Sequence[tuple[str, str]]
+    command: str
+    facts: Sequence[tuple[str, str]]
+
+
+def render_report(page: ReportPage) -> str:
+    """The page as HTML."""
+    report, outcomes = page.report, page.outcomes
+    rules = [("raw (the model as it is)", page.raw)]
+    if page.choice.rule != "raw":
+        rules.append((page.choice.rule, report))
+    charts = [(name, reliability_diagram(one.calibration.bins, title=name)) for name, one in rules]
+    few = len(outcomes.class_names) <= MATRIX_CLASSES
+    counts = outcomes.confusion() if few else None
+    return render_page(
+        "report.html.j2",
+        page=page,
+        report=report,
+        verdict=_verdict(report),
+        curves=figure_svg(training_curves(page.metrics, page.scores), themed=True) if page.metrics else None,
+        rules=rules,
+        diagrams=[(name, figure_svg(chart, themed=True)) for name, chart in charts],
+        classes=[
+            (name, (report.class_precision[name], report.class_accuracy[name], report.class_f1[name]), support)
+            for name, support in report.class_support.items()
+        ],
+        confusion=_matrix(counts, outcomes.class_names) if counts is not None else None,
+        pairs=None if few else _pairs(outcomes),
+        galleries=_galleries(outcomes, page.examples),
+    )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page from one of the package's templates. Whatever is not a number of ours is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: shown(value, keep="\n") if type(value) is str else value,
+    )
+    css, script = (TEMPLATES / name for name in ("page.css", "page.js"))
+    return environment.get_template(template).render(
+        percent=lambda share: f"{share:.2%}",
+        css=jinja2.utils.markupsafe.Markup(css.read_text(encoding="utf-8")),
+        script=jinja2.utils.markupsafe.Markup(script.read_text(encoding="utf-8")),
+        **values,
+    )
+
+
+def _verdict(report: EvaluationReport) -> str:
+    calibration = report.calibration
+    said = {
+        "not distinguishable": "Its confidence can not be told apart from that of a calibrated model",
+        "over-confident": "It is surer than it is right",
+        "under-confident": "It is more often right than it is sure",
+    }[calibration.verdict]
+    return (
+        f"{said}: it says {calibration.mean_confidence:.2%} on average and is right in {calibration.accuracy:.2%}, a difference of "
+        f"{calibration.gap:+.4f} where chance explains ± {calibration.gap_error:.4f} (one standard error)."
+    )
+
+
+def _matrix(counts: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The confusion matrix: counts, and how strongly to colour each, by the share of its row."""
+    totals = counts.sum(1)
+    rows = [
+        {
+            "name": name,
+            "cells": [
+                {"count": count, "right": row == column, "shade": round(15 + 70 * count / totals[row]) if count else 0}
+                for column, count in enumerate(counts[row].tolist())
+            ],
+        }
+        for row, name in enumerate(names)
+    ]
+    return {"names": names, "rows": rows, "long": max(map(len, names)) > 4}
+
+
+def _pairs(outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The pairs of label and other prediction that occur most often."""
+    wrong = ~outcomes.correct
+    found, counts = np.unique(np.stack([outcomes.labels[wrong], outcomes.predicted[wrong]]), axis=1, return_counts=True)
+    support = np.bincount(outcomes.labels, minlength=len(outcomes.class_names))
+    order = np.argsort(-counts, kind="stable")[:LISTED_PAIRS]
+    names = outcomes.class_names
+    return [
+        {
+            "label": names[found[0, place]],
+            "predicted": names[found[1, place]],
+            "count": int(counts[place]),
+            "share": float(counts[place] / support[found[0, place]]),
+        }
+        for place in order
+    ]
+
+
+def _galleries(outcomes: Outcomes, examples: EncodedExamples) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    mistakes, hits = outcomes.surest_mistakes(SHOWN_PICTURES), outcomes.least_sure_hits(SHOWN_PICTURES)
+    wrong = int((~outcomes.correct).sum())
+    found = [
+        ("Surest mistakes", f"Wrong with the highest confidence, {len(mistakes)} of {wrong:,}. Often the label is wrong.", mistakes),
+        ("Least sure hits", f"Right with the lowest confidence, {len(hits)} of {len(outcomes) - wrong:,}.", hits),
+    ]
+    return [(heading, text, [_thumb(outcomes, examples, i) for i in chosen]) for heading, text, chosen in found if chosen]
+
+
+def _thumb(outcomes: Outcomes, examples: EncodedExamples, index: int) -> dict[str, Any]:
+    picture = examples.read([index])[0]
+    small = max(picture.size) < SMALL_PICTURE
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    with io.BytesIO() as file:
+        picture.save(file, format="png")
+        png = base64.b64encode(file.getvalue()).decode("ascii")
+    names = outcomes.class_names
+    return {
+        "png": png,
+        "small": small,
+        "name": outcomes.ids[index],
+        "label": names[outcomes.labels[index]],
+        "predicted": names[outcomes.predicted[index]],
+        "confidence": float(outcomes.confidence[index]),
+        "right": bool(outcomes.correct[index]),
+    }
