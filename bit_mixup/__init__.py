@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bit_mixup.calibration import CalibrationReport, TemperatureFit, fit_temperature, measure_calibration
     from bit_mixup.catalog import list_bit_models
+    from bit_mixup.classifier import Classifier, Prediction, load
+    from bit_mixup.comparison import Comparison, compare_runs
     from bit_mixup.config import DistillConfig, PretrainConfig, TransferConfig
     from bit_mixup.corruption import CorruptedLabels, corrupt_labels, memorisation
     from bit_mixup.data import ImageDataset, load_image_dataset
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     from bit_mixup.mixup import Mixup, mix
     from bit_mixup.models import load_bit, save_model
     from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy
+    from bit_mixup.outcomes import Outcomes
     from bit_mixup.planning import Plan, make_plan
     from bit_mixup.plots import reliability_diagram, save_figure
     from bit_mixup.prediction import predict_features, predict_logits
     from bit_mixup.pretraining import PretrainResult, distill, pretrain
+    from bit_mixup.scoring import Evaluation, evaluate_model
     from bit_mixup.theory import MixingMoments, loss_floor, mixing_moments
     from bit_mixup.training import train
     from bit_mixup.unmixing import MixupRecord, RuleChoice, choose_rule, predict_by_rule
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibration": ["CalibrationReport", "TemperatureFit", "fit_temperature", "measure_calibration"],
     "catalog": ["list_bit_models"],
+    "classifier": ["Classifier", "Prediction", "load"],
+    "comparison": ["Comparison", "compare_runs"],
     "config": ["DistillConfig", "PretrainConfig", "TransferConfig"],
     "corruption": ["CorruptedLabels", "corrupt_labels", "memorisation"],
     "data": ["ImageDataset", "load_image_dataset"],
@@ -54,10 +60,12 @@ _HOMES = {
     "mixup": ["Mixup", "mix"],
     "models": ["load_bit", "save_model"],
     "objectives": ["Distillation", "SigmoidCrossEntropy", "SoftmaxCrossEntropy"],
+    "outcomes": ["Outcomes"],
     "planning": ["Plan", "make_plan"],
     "plots": ["reliability_diagram", "save_figure"],
     "prediction": ["predict_features", "predict_logits"],
     "pretraining": ["PretrainResult", "distill", "pretrain"],
+    "scoring": ["Evaluation", "evaluate_model"],
     "theory": ["MixingMoments", "loss_floor", "mixing_moments"],
     "training": ["train"],
     "unmixing": ["MixupRecord", "RuleChoice", "choose_rule", "predict_by_rule"],
@@ -72,12 +80,15 @@ __all__ = [
     "BitMixupError",
     "CalibrationReport",
     "CheckpointError",
+    "Classifier",
+    "Comparison",
     "ConfigError",
     "CorruptedLabels",
     "DataError",
     "DataMeans",
     "DistillConfig",
     "Distillation",
+    "Evaluation",
     "EvaluationReport",
     "HyperParameters",
     "ImageDataset",
@@ -88,7 +99,9 @@ __all__ = [
     "MixupRecord",
     "MultiLabelReport",
     "NonFiniteError",
+    "Outcomes",
     "Plan",
+    "Prediction",
     "PretrainConfig",
     "PretrainResult",
     "RuleChoice",
@@ -103,10 +116,12 @@ __all__ = [
     "attack",
     "bit_hyperrule",
     "choose_rule",
+    "compare_runs",
     "corrupt_labels",
     "decompose_loss",
     "distill",
     "evaluate",
+    "evaluate_model",
     "evaluate_multi_label",
     "find_weights",
     "fit_temperature",
@@ -114,6 +129,7 @@ __all__ = [
     "jacobian_norms",
     "learning_rate",
     "list_bit_models",
+    "load",
     "load_bit",
     "load_image_dataset",
     "loss_floor",

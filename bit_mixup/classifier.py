@@ -1,7 +1,7 @@
 """What does a trained model say about pictures that nobody has labelled?
 
-A model's folder holds all that this takes: the network, the names of its classes, the size and interpolation of its pictures, and the rule
-by which a model that was trained with mixup is to predict.
+A model's folder holds all that this takes: the network, the names of its classes, the size and interpolation of its pictures, and
+the rule by which a model that was trained with mixup is to predict.
 """
 
 import csv
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bit_mixup.environment import versions
-from bit_mixup.errors import ConfigError, WeightsError, shown
+from bit_mixup.errors import CheckpointError, ConfigError, WeightsError, shown
 from bit_mixup.images import View
 from bit_mixup.launching import find_device
 from bit_mixup.loading import load_batches
@@ -30,7 +30,7 @@ from bit_mixup.pictures import Pictures, PicturesInMemory, ReadableView, reason
 from bit_mixup.prediction import in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.storage import read_json, write_text
-from bit_mixup.unmixing import MixupRecord, RuleChoice, predict_by_rule
+from bit_mixup.unmixing import CHOICE, RECORD, MixupRecord, RuleChoice, predict_by_rule
 from bit_mixup.weights import CONFIG_FILE, fetch, find_weights
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,13 @@ class Classifier:
     ) -> tuple[Tensor, Tensor]:
         """Scores (N, K) float64 whose softmax is the prediction, and whether each picture could be read, (N,) bool."""
         logits, shrunk, readable = self.logits(pictures, batch_size=batch_size, num_workers=num_workers, progress=progress)
+        return self.scores_of(logits, shrunk), readable
+
+    def scores_of(self, logits: Tensor, shrunk: Tensor) -> Tensor:
+        """Scores (N, K) by the model's prediction rule, from what `logits` gives."""
         if self.record is None:  # the rule is raw, or a fitted temperature, which needs no record
-            return logits / self.choice.temperature, readable
-        return predict_by_rule(self.choice.rule, logits, shrunk, self.record, temperature=self.choice.temperature), readable
+            return logits / self.choice.temperature
+        return predict_by_rule(self.choice.rule, logits, shrunk, self.record, temperature=self.choice.temperature)
 
     @torch.inference_mode()
     def logits(
@@ -196,6 +200,11 @@ def load(name_or_path: str | Path, *, revision: str | None = None, rule: str = "
     if choice is None:
         why = "as asked" if rule == "raw" else "no prediction rule lies beside the model"
         choice = RuleChoice(rule="raw", temperature=1.0, why=why, held_out_nll={}, num_held_out=0)
+    if record is None and choice.rule in ("eq15", "temperature", "unshrink"):
+        raise CheckpointError(
+            f"{folder / CHOICE} predicts by the rule {choice.rule}, which needs {RECORD} beside it. Copy that too, or use "
+            "--rule raw."
+        )
     names = weights.label_names or tuple(f"class {index}" for index in range(int(model.num_classes)))
     if len(names) != model.num_classes:
         raise WeightsError(
@@ -260,6 +269,12 @@ def predictions_table(predictions: Sequence[Prediction], *, limit: int | None = 
     return "\n".join(lines)
 
 
+def check_output(path: Path) -> None:
+    """Sees whether predictions can be written in the format that a name asks for; raises ConfigError."""
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f'{path}: predictions are written as .csv or .jsonl, not "{path.suffix}". Rename the output.')
+
+
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     """Writes predictions as .csv or .jsonl, whole or not at all; probabilities keep all their digits.
 
@@ -267,11 +282,10 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
         ConfigError: another suffix.
         CheckpointError: the file can not be written.
     """
+    check_output(path)
     if path.suffix == ".jsonl":
         lines = (json.dumps(one.as_dict(), ensure_ascii=False) + "\n" for one in predictions)
         return write_text(path, "".join(lines))
-    if path.suffix != ".csv":
-        raise ConfigError(f'{path}: predictions are written as .csv or .jsonl, not "{path.suffix}". Rename the output.')
     most = max((len(one.classes) for one in predictions), default=0)
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")

@@ -1,10 +1,11 @@
-"""The door for people with a terminal: `bit-mixup fine-tune | plan | doctor | models | pretrain | distill`.
+"""The door for people with a terminal: `bit-mixup COMMAND`.
 
 torch is imported only by what needs it, so that help, models and plans come at once.
 """
 
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ import tyro
 
 from bit_mixup.catalog import PUBLISHED
 from bit_mixup.config import Config, DistillConfig, DoctorConfig, PretrainConfig, TransferConfig
-from bit_mixup.errors import BitMixupError, ConfigError, Interrupted, did_you_mean
-from bit_mixup.requests import RequestKind
-from bit_mixup.storage import write_json
+from bit_mixup.environment import available_cores
+from bit_mixup.errors import BitMixupError, ConfigError, Interrupted, did_you_mean, shown
+from bit_mixup.requests import CompareConfig, EvaluateConfig, PredictConfig, RequestKind
+from bit_mixup.storage import write_json, write_text
 from bit_mixup.weights import BUNDLED, find_weights, size_text
+
+SHOWN_PREDICTIONS = 20  # on the terminal, where a file has all
 
 _USAGE = """usage: bit-mixup COMMAND [OPTIONS]
 
@@ -26,6 +30,9 @@ Transfer a pretrained BiT to your pictures; the BiT-HyperRule chooses schedule, 
   plan        show what fine-tune would do and why, without training (--time adds an estimate)
   doctor      look for what is wrong with a data set (--full decodes every picture); exits with 1 after warnings, 2 after errors
   models      list the pretrained weights
+  predict     say what is on pictures: files, folders, globs or a data set
+  evaluate    score a saved model on a data set, with the same report as a run
+  compare     tell whether runs differ by more than chance on the same test examples
   pretrain    train a model from random weights by BiT's upstream recipe, to transfer from
   distill     train a model to agree with another, without labels
 
@@ -38,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"fine-tune": fine_tune_command, "plan": plan_command, "models": models_command}
     commands |= {"doctor": doctor_command, "pretrain": pretrain_command, "distill": distill_command}
+    commands |= {"predict": predict_command, "evaluate": evaluate_command, "compare": compare_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -135,6 +143,76 @@ def _doctor_configuration(arguments: Sequence[str]) -> DoctorConfig:
         prog="bit-mixup doctor",
         description=f"{inspect.cleandoc(DoctorConfig.__doc__ or '')}\n\nThe data set may come first, without its flag.",
     )
+
+
+def predict_command(arguments: Sequence[str]) -> None:
+    """predict: the options of `PredictConfig`. Exits with 1 where pictures could not be read."""
+    config = _request(arguments, PredictConfig)
+    from bit_mixup.classifier import check_output, load, predictions_table, write_predictions
+    from bit_mixup.launching import torch_threads
+    from bit_mixup.pictures import find_pictures
+
+    if config.output is not None:
+        check_output(config.output)
+    with torch_threads(config.threads or available_cores()):
+        classifier = load(config.model, revision=config.revision, rule=config.rule)
+        pictures = find_pictures(config.pictures, split=config.split, image_column=config.image_column)
+        predictions = classifier.predict(
+            pictures, top=config.top, batch_size=config.batch_size, num_workers=config.num_workers, progress=True
+        )
+    if config.output is not None:
+        write_predictions(predictions, config.output)
+    print(predictions_table(predictions, limit=None if config.output is None else SHOWN_PREDICTIONS))
+    if config.output is not None:
+        print(f"\n{len(predictions):,} predictions in {config.output}, by the rule {classifier.choice.rule}")
+    unreadable = [one.error for one in predictions if one.error is not None]
+    if unreadable:
+        print(f"\n{len(unreadable):,} of {len(predictions):,} could not be read:", file=sys.stderr)
+        print("\n".join(f"  {shown(error)}" for error in unreadable), file=sys.stderr)
+        raise SystemExit(1)
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """evaluate: the options of `EvaluateConfig`."""
+    config = _request(arguments, EvaluateConfig)
+    from bit_mixup import scoring
+    from bit_mixup.classifier import load
+    from bit_mixup.launching import torch_threads
+
+    with torch_threads(config.threads or available_cores()):
+        classifier = load(config.model, revision=config.revision, rule=config.rule)
+        if config.output_dir is not None:  # sooner than an hour of work
+            scoring.check_evaluation_folder(config.output_dir, overwrite=config.overwrite)
+        evaluation = scoring.evaluate_model(
+            classifier,
+            config.dataset,
+            config=config.dataset_config,
+            revision=config.dataset_revision,
+            split=config.split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            progress=True,
+        )
+    folder = config.output_dir or scoring.default_evaluation_folder(classifier, evaluation)
+    scoring.check_evaluation_folder(folder, overwrite=config.overwrite)
+    scoring.write_evaluation(classifier, evaluation, folder, command=shlex.join(["bit-mixup", "evaluate", *arguments]))
+    print(evaluation.report.table(worst=10))
+    print(f"{folder / 'report.html'!s:<60} the report, to open in a browser")
+
+
+def compare_command(arguments: Sequence[str]) -> None:
+    """compare: the options of `CompareConfig`."""
+    config = _request(arguments, CompareConfig)
+    from bit_mixup.comparison import compare_runs, render_comparison
+
+    comparison = compare_runs([Path(run) for run in config.runs], resamples=config.resamples, seed=config.seed)
+    print(comparison.table())
+    if config.json is not None:
+        write_json(config.json, comparison.as_dict())
+    if config.html is not None:
+        write_text(config.html, render_comparison(comparison, command=shlex.join(["bit-mixup", "compare", *arguments])))
 
 
 def _request(arguments: Sequence[str], kind: type[RequestKind]) -> RequestKind:

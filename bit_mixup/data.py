@@ -363,6 +363,30 @@ def _part(
     return undecoded_part(source, split, image_column, _labels(data, split, label_column, values, class_names))
 
 
+def part_for_classes(
+    source: Source, split: str, *, image_column: str | None, label_column: str | None, class_names: Sequence[str]
+) -> Part:
+    """All rows of a split, labelled by the place of their class's name in `class_names`; classes without rows do not matter.
+
+    Raises:
+        DataError: a row is unlabelled or of another class, or a column can not be found.
+    """
+    data = source.splits[pick_split(source, split, "split")]
+    image_column = find_image_column(data, image_column)
+    label_column = find_label_column(data, label_column, image_column)
+    names, values = _classes(data, label_column, split)
+    part = _all_labelled(_part(source, split, image_column, label_column, values, names))
+    foreign = [names[label] for label in np.unique(part.labels) if names[label] not in class_names]
+    if foreign:
+        raise DataError(
+            f'split "{split}" has the class "{foreign[0]}", which the model does not know'
+            f"{did_you_mean(foreign[0], class_names)}. It knows {len(class_names)}: {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}. "
+            "Rename or remove it, or name another label_column."
+        )
+    places = np.array([class_names.index(name) if name in class_names else UNLABELLED for name in names], dtype=np.int64)
+    return replace(part, labels=places[part.labels])
+
+
 def undecoded_part(source: Source, split: str, image_column: str, labels: Labels | LabelSets) -> Part:
     """All rows of a split as a part, with labels (N,) or (N, K)."""
     data = source.splits[split]
@@ -459,7 +483,7 @@ def _other_part(source: Source, parts: Parts, name: str) -> Part:
 def _all_labelled(part: Part) -> Part:
     if (part.labels == UNLABELLED).any():
         row = int(np.flatnonzero(part.labels == UNLABELLED)[0])
-        raise DataError(f'split "{part.name}" can not be scored: row {row} has no label (-1). Name another test_split.')
+        raise DataError(f'split "{part.name}" can not be scored: row {row} has no label (-1). Name another split.')
     return part
 
 

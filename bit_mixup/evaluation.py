@@ -103,7 +103,7 @@ def _share(score: Tensor, count: int) -> float:
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, by the score test (Wilson, 1927): it is right near 0 and 1 and for few examples, too."""
+    """95 % confidence interval of a share, by the score test (Wilson, 1927): right near 0 and 1 and for few examples, too."""
     from scipy.stats import binomtest  # takes a second to import
 
     interval = binomtest(count, total).proportion_ci(confidence_level=0.95, method="wilson")

@@ -21,7 +21,8 @@ from bit_mixup.storage import write_text
 COLUMNS = ("id", "digest", "label", "predicted", "confidence", "nll")
 READ_AT_ONCE = 256  # encoded pictures
 
-Floats, Whole = npt.NDArray[np.float64], npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Whole = npt.NDArray[np.int64]
 
 
 class EncodedExamples(Protocol):
@@ -86,7 +87,7 @@ class Outcomes:
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """Whether each prediction is right, (N,)."""
-        return self.predicted == self.labels
+        return np.equal(self.predicted, self.labels)
 
     def confusion(self) -> Whole:
         """How often the class of a row was predicted as the class of a column, (K, K)."""

@@ -78,9 +78,8 @@ class PicturesInMemory:
         picture = self.pictures[index]
         if isinstance(picture, str | Path):
             return decode({"path": str(picture), "bytes": None}, where=str(picture))
-        if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
-            if picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3):
-                return Image.fromarray(picture).convert("RGB")
+        if isinstance(picture, np.ndarray) and _holds_pixels(picture):
+            return Image.fromarray(picture).convert("RGB")
         if isinstance(picture, Image.Image):
             try:
                 return to_rgb(picture)
@@ -94,6 +93,10 @@ class PicturesInMemory:
     def ids(self, indices: Sequence[int]) -> list[str]:
         """The path, or the place in the list."""
         return [str(self.pictures[i]) if isinstance(self.pictures[i], str | Path) else f"picture {i}" for i in indices]
+
+
+def _holds_pixels(array: npt.NDArray[Any]) -> bool:
+    return array.dtype == np.uint8 and array.size > 0 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +140,7 @@ def find_pictures(names: Sequence[str], *, split: str | None = None, image_colum
         image_column: of a data set, where it is not plain.
 
     Raises:
-        DataError: a name stands for nothing, or for a data set beside other names; or an option of data sets is given without one.
+        DataError: a name stands for nothing, or for a data set beside other names; or an option of data sets is given for files.
     """
     if len(names) == 1 and _is_data_set(names[0]):
         return _part(names[0], split, image_column)

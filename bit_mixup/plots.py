@@ -147,7 +147,9 @@ def training_curves(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[
         shown_losses = [(loss, UNDER[0], "loss")] + ([(excess, OVER[0], "loss less the entropy of its labels")] if mixed else [])
         for values, colour, label in shown_losses:
             above.plot(steps[kept], values[kept], color=colour, linewidth=0.5, alpha=0.35)
-            above.plot(steps[kept], _running_mean(values, max(1, len(values) // 50))[kept], color=colour, linewidth=1.8, label=label)
+            above.plot(
+                steps[kept], _running_mean(values, max(1, len(values) // 50))[kept], color=colour, linewidth=1.8, label=label
+            )
         if scores:
             done, nll = ([score[name] for score in scores] for name in ("step", "nll"))
             above.plot(done, nll, color="black", marker="o", markersize=3, linewidth=1, label="test loss")

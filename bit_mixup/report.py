@@ -1,7 +1,7 @@
 """What does a person look at after a run?
 
-One page without anything outside of it: it opens by double click, prints, follows the reader's light or dark colours, and whatever classes
-and files are called is text in it.
+One page without anything outside of it: it opens by double click, prints, follows the reader's light or dark colours, and
+whatever classes and files are called is text in it.
 """
 
 import base64
@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from bit_mixup.errors import shown
@@ -108,8 +109,8 @@ def render_page(template: str, **values: Any) -> str:
     css, script = (TEMPLATES / name for name in ("page.css", "page.js"))
     return environment.get_template(template).render(
         percent=lambda share: f"{share:.2%}",
-        css=jinja2.utils.markupsafe.Markup(css.read_text(encoding="utf-8")),
-        script=jinja2.utils.markupsafe.Markup(script.read_text(encoding="utf-8")),
+        css=Markup(css.read_text(encoding="utf-8")),
+        script=Markup(script.read_text(encoding="utf-8")),
         **values,
     )
 
@@ -122,8 +123,8 @@ def _verdict(report: EvaluationReport) -> str:
         "under-confident": "It is more often right than it is sure",
     }[calibration.verdict]
     return (
-        f"{said}: it says {calibration.mean_confidence:.2%} on average and is right in {calibration.accuracy:.2%}, a difference of "
-        f"{calibration.gap:+.4f} where chance explains ± {calibration.gap_error:.4f} (one standard error)."
+        f"{said}: it says {calibration.mean_confidence:.2%} on average and is right in {calibration.accuracy:.2%}, a difference "
+        f"of {calibration.gap:+.4f} where chance explains ± {calibration.gap_error:.4f} (one standard error)."
     )
 
 
@@ -134,7 +135,7 @@ def _matrix(counts: Any, names: Sequence[str]) -> dict[str, Any]:
         {
             "name": name,
             "cells": [
-                {"count": count, "right": row == column, "shade": round(15 + 70 * count / totals[row]) if count else 0}
+                {"count": count, "right": row == column, "shade": round(12 + 48 * count / totals[row]) if count else 0}
                 for column, count in enumerate(counts[row].tolist())
             ],
         }
@@ -165,7 +166,11 @@ def _galleries(outcomes: Outcomes, examples: EncodedExamples) -> list[tuple[str,
     mistakes, hits = outcomes.surest_mistakes(SHOWN_PICTURES), outcomes.least_sure_hits(SHOWN_PICTURES)
     wrong = int((~outcomes.correct).sum())
     found = [
-        ("Surest mistakes", f"Wrong with the highest confidence, {len(mistakes)} of {wrong:,}. Often the label is wrong.", mistakes),
+        (
+            "Surest mistakes",
+            f"Wrong with the highest confidence, {len(mistakes)} of {wrong:,}. Look here for wrong labels, too.",
+            mistakes,
+        ),
         ("Least sure hits", f"Right with the lowest confidence, {len(hits)} of {len(outcomes) - wrong:,}.", hits),
     ]
     return [(heading, text, [_thumb(outcomes, examples, i) for i in chosen]) for heading, text, chosen in found if chosen]

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     PARTNER_VIEW = 15
     MEAN_IMAGE = 16
     STREAM_PASS = 17
+    BOOTSTRAP = 18
 
 
 def generator(seed: int, purpose: Purpose, index: int = 0) -> np.random.Generator:

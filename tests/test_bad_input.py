@@ -423,7 +423,7 @@ CASES: dict[str, Case] = {
     "scored on training data": (DataError, 'both "train".*scores on training examples mean nothing', asks(test_split="train")),
     "unlabelled test split": (
         DataError,
-        'split "test" can not be scored: row 0.*Name another test_split',
+        'split "test" can not be scored: row 0.*Name another split',
         lambda place: {"dataset": rows(TWO, NAMED, test=[-1, -1]), "test_split": "test"},
     ),
     "nothing to score": (

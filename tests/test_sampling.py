@@ -31,14 +31,14 @@ LABELS = st.lists(st.integers(0, 4), min_size=2, max_size=80).map(np.array)
 
 
 def test_purposes_have_streams_of_their_own() -> None:
-    assert len(Purpose.__members__) == len(set(Purpose)) == 17
+    assert len(Purpose.__members__) == len(set(Purpose)) == 18
     draws = {
         tuple(generator(seed, purpose, index).integers(2**63, size=2))
         for seed in (0, 1)
         for purpose in Purpose
         for index in (0, 1)
     }
-    assert len(draws) == 2 * 17 * 2
+    assert len(draws) == 2 * 18 * 2
 
 
 def test_a_draw_depends_on_nothing_that_was_drawn_before() -> None:
