@@ -378,10 +378,11 @@ def part_for_classes(
     part = _all_labelled(_part(source, split, image_column, label_column, values, names))
     foreign = [names[label] for label in np.unique(part.labels) if names[label] not in class_names]
     if foreign:
+        known = f"{len(class_names)}: {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}"
+        meant = did_you_mean(foreign[0], class_names)
         raise DataError(
-            f'split "{split}" has the class "{foreign[0]}", which the model does not know'
-            f"{did_you_mean(foreign[0], class_names)}. It knows {len(class_names)}: {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}. "
-            "Rename or remove it, or name another label_column."
+            f'split "{split}" has the class "{foreign[0]}", which the model does not know{meant}; it knows {known}. Rename or '
+            "remove it, or name another label_column."
         )
     places = np.array([class_names.index(name) if name in class_names else UNLABELLED for name in names], dtype=np.int64)
     return replace(part, labels=places[part.labels])

@@ -10,6 +10,9 @@ from typing import Literal, TypeVar
 from tyro.conf import Positional
 
 from bit_mixup.config import check_fields
+from bit_mixup.errors import ConfigError
+
+_LEAST = {"top": 1, "batch_size": 1, "threads": 1, "num_workers": 0, "resamples": 100, "seed": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,10 @@ class Request:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, least in _LEAST.items():
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
 
 
 RequestKind = TypeVar("RequestKind", bound=Request)
