@@ -187,9 +187,9 @@ def _check_same_examples(first: Path, one: Outcomes, second: Path, other: Outcom
     rows = zip(one.digests, other.digests, *labels, strict=True)
     for row, (digest, its_digest, label, its_label) in enumerate(rows):
         if digest != its_digest or label != its_label:
-            what = "another picture" if digest != its_digest else f'the label "{its_label}" instead of "{label}"'
+            told = "another picture than" if digest != its_digest else f'labelled "{its_label}", but "{label}"'
             raise CheckpointError(
-                f"{second}: test example {row} ({other.ids[row]}) is {what} than in {first} ({one.ids[row]}). Only runs on the "
+                f"{second}: test example {row} ({other.ids[row]}) is {told} in {first} ({one.ids[row]}). Only runs on the "
                 "same examples can be compared: `bit-mixup evaluate RUN --dataset ...` scores both on one data set."
             )
 

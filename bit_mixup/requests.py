@@ -106,39 +106,3 @@ class CompareConfig(Request):
     """Of the bootstrap."""
     seed: int = 0
     """Of the bootstrap."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(Request):
-    """Writes a model as ONNX or as a torch.export program, for programs without timm."""
-
-    model: Positional[str]
-    """A run's folder, its model/, a hub user/name, or any other model with a head."""
-    output: Positional[Path]
-    """Where to: .onnx or .pt2."""
-    rule: bool = False
-    """Build the stored prediction rule in: the output is then probabilities, not logits."""
-    pixels: bool = False
-    """Build normalisation in: the input is then bytes 0 to 255 of RGB pictures that have the right size."""
-    overwrite: bool = False
-    """Replace the file if there is one."""
-    revision: str | None = None
-    """Branch, tag or commit of a model on the hub."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushConfig(Request):
-    """Publishes the model of a run on the hub, with a model card."""
-
-    run: Positional[Path]
-    """The folder of a finished run."""
-    repository: Positional[str]
-    """user/name on the hub; made if there is none."""
-    dry_run: Path | None = None
-    """Write into this folder what would be published, and publish nothing."""
-    private: bool = False
-    """Make the repository private, if it is made."""
-    license: str | None = None
-    """Of the model, as the hub names it, such as apache-2.0. None: that of the weights, where it is known."""
-    message: str | None = None
-    """Of the commit."""

@@ -344,6 +344,28 @@ def test_bad_requests_are_explained(run: TransferResult, tmp_path: Path, case: s
         ask(run, tmp_path)
 
 
+@pytest.mark.parametrize("odd", [np.zeros((3, 3, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4), np.uint8), 7])
+def test_pictures_of_other_kinds_are_told(run: TransferResult, odd: Any) -> None:
+    found = bit_mixup.load(run.output_dir).predict([odd, np.zeros((4, 4), np.uint8)])
+    assert "expected a path, a picture of PIL, or an array (H, W, 3)" in str(found[0].error)
+    assert found[1].error is None
+
+
+def test_data_of_a_run_that_are_gone(run: TransferResult, tmp_path: Path) -> None:
+    for dataset, message in (("memory-abc", "was in memory and is gone"), (str(tmp_path / "data"), "has other classes now")):
+        folder = tmp_path / dataset[-3:]
+        shutil.copytree(run.output_dir, folder, ignore=shutil.ignore_patterns("checkpoints"))
+        asked = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(asked | {"dataset": dataset, "validation_fraction": 0.0}))
+        for kind in ("x", "y"):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            for shade in range(5):
+                Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / "data" / kind / f"{shade}.png")
+        classifier = bit_mixup.load(folder)
+        with pytest.raises((ConfigError, DataError), match=message):
+            bit_mixup.evaluate_model(classifier)
+
+
 def test_a_picture_that_is_broken_stops_an_evaluation(run: TransferResult) -> None:
     """A score on the rest would be one of other examples."""
     digits = bit_mixup.load_image_dataset("digits").test

@@ -62,7 +62,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(tmp_path: Path) -> None:
-    """Of 100 pairs that differ by a known mean about 95 intervals hold it; of equally accurate ones McNemar calls about 5 different."""
+    """Of 100 pairs that differ by a known mean about 95 intervals hold it; of equal ones McNemar calls about 5 different."""
     rng = np.random.default_rng(0)
     held = called = 0
     for trial in range(100):
@@ -144,7 +144,7 @@ BAD = {
         lambda f: compare_runs([write(f / "a", [True]), write(f / "b", [True] * 2)]), CheckpointError, "scored 1 test.* 2",
     ),
     "another picture": (lambda f: compare_runs(other_picture(f)), CheckpointError, "test example 1 .*another picture"),
-    "another label": (lambda f: compare_runs(other_label(f)), CheckpointError, 'example 2 .*label "dog" instead of "cat"'),
+    "another label": (lambda f: compare_runs(other_label(f)), CheckpointError, 'example 2 .*labelled "dog", but "cat" in'),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 import bit_mixup
 from bit_mixup import cli
 from bit_mixup.config import DataConfig, DistillConfig, PretrainConfig, RunConfig, TransferConfig
+from bit_mixup.requests import CompareConfig, EvaluateConfig, PredictConfig, Request
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
@@ -218,10 +219,11 @@ def test_tables_of_reliability_name_tests_that_exist(table: str, least: int) -> 
         assert case is None or case in cases[file], f"{file} knows nothing of {case}"
 
 
-def test_readme_is_short_and_names_every_file() -> None:
+def test_readme_is_short_and_contributing_names_every_file() -> None:
     assert 40 < len(README.splitlines()) < 200
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for name in set(FILES) - {"__init__", "__main__"}:
-        assert f" {name}.py " in README, f"the tree lacks {name}.py"
+        assert f" {name}.py " in contributing, f"the tree lacks {name}.py"
     for path in RECIPES:
         assert path.name in README
 
@@ -259,6 +261,10 @@ def parse(words: list[str]) -> DataConfig | None:
         return None
     if command == "doctor":
         return cli._doctor_configuration(rest)
+    requests: dict[str, type[Request]] = {"predict": PredictConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
+    if command in requests:
+        assert cli._request(rest, requests[command])
+        return None
     kinds: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "distill": DistillConfig}
     if command in kinds:
         return cli._configuration(rest, kinds[command], prog=command)
