@@ -42,7 +42,7 @@ FLOORS = [
     {"losses", "data", "prediction", "diagnostics", "repeating", "requests", "report"},
     {"training", "upstream", "doctor", "streaming", "pictures", "launching", "comparison"},
     {"planning", "pretraining", "classifier"},
-    {"judging", "scoring"},
+    {"judging", "scoring", "export"},
     {"workflow"},
     {"cli"},
     {"__main__"},
@@ -72,6 +72,7 @@ NO_TORCH = set(FILES) - {
     "classifier",
     "scoring",
     "comparison",
+    "export",
 }
 
 
