@@ -1,9 +1,9 @@
 """Which of several ways of doing the same thing takes less time?
 
-On a machine that others use as well, times of different minutes can not be compared. So all ways run in one process, one after the
-other in each round, in an order that moves on by one; what is reported is the median over rounds of the ratio to the first way in the
-same round, with the quartiles of it, in wall time and in the process's own CPU time. The first way runs twice in each round, under two
-names: the ratio of the second to the first is what this procedure makes of no difference at all.
+On a machine that others use as well, times of different minutes can not be compared. So all ways run in one process, one after
+the other in each round, in an order that moves on by one; what is reported is the median over rounds of the ratio to the first
+way in the same round, with the quartiles of it, in wall time and in the process's own CPU time. The first way runs twice in
+each round, under two names: the ratio of the second to the first is what this procedure makes of no difference at all.
 """
 
 import gc
