@@ -23,7 +23,8 @@ from torch import Tensor
 from bit_mixup.environment import versions
 from bit_mixup.errors import WeightsError
 from bit_mixup.images import View
-from bit_mixup.weights import Weights, fetch, find_weights, read_npz
+from bit_mixup.storage import read_json, write_json
+from bit_mixup.weights import CONFIG_FILE, Weights, fetch, find_weights, read_npz
 
 logger = logging.getLogger(__name__)
 
@@ -313,3 +314,6 @@ def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], vie
         "versions": versions(),  # of the libraries that it was trained with
     }
     save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
+    config = read_json(folder / CONFIG_FILE)
+    config["model_args"].pop("num_classes", None)  # it stands above, and transformers would pass it twice
+    write_json(folder / CONFIG_FILE, config)

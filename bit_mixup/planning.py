@@ -115,6 +115,7 @@ class Plan:
                 "train_examples": self.num_train,
                 "streamed": self.streamed is not None,
                 "test_examples": len(self.data.test),
+                "test_split": self.data.test.name,
                 "validation_examples": len(self.data.validation) if self.data.validation else 0,
                 "class_names": list(self.data.class_names),
             },

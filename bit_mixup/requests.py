@@ -109,6 +109,24 @@ class CompareConfig(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushConfig(Request):
+    """Publishes the model of a run on the hub, with a model card, in the layout that timm and transformers read."""
+
+    run: Positional[Path]
+    """The folder of a finished run."""
+    repository: Positional[str]
+    """Where to: user/name."""
+    dry_run: Path | None = None
+    """Write what would be published into this folder instead; nothing is sent."""
+    private: bool = False
+    """Make a new repository private."""
+    license: str | None = None
+    """Of the model, as the hub spells it, such as cc-by-4.0. None: that of the weights it is from, where they state one."""
+    message: str | None = None
+    """Of the commit. None: what was trained on what."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(Request):
     """Writes a model as one file for other programs: ONNX, or torch.export's archive."""
 

@@ -43,6 +43,7 @@ def test_usage_names_every_command(line: str, says) -> None:
         "predict",
         "evaluate",
         "compare",
+        "push",
         "export",
         "pretrain",
         "distill",

@@ -280,7 +280,17 @@ def test_short_commands_run(
 
 
 def test_enough_commands_run() -> None:
-    assert {words[1] for words in RUN} == {"plan", "doctor", "models", "fine-tune", "predict", "evaluate", "compare", "export"}
+    assert {words[1] for words in RUN} == {
+        "plan",
+        "doctor",
+        "models",
+        "fine-tune",
+        "predict",
+        "evaluate",
+        "compare",
+        "push",
+        "export",
+    }
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/api.md" and blocks(page, "python")])

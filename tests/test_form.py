@@ -34,7 +34,7 @@ FLOORS = [
         "scanning",
     },
     {"losses", "data", "prediction", "diagnostics", "repeating", "requests", "report"},
-    {"training", "upstream", "doctor", "streaming", "pictures", "launching", "comparison"},
+    {"training", "upstream", "doctor", "streaming", "pictures", "launching", "comparison", "publishing"},
     {"planning", "pretraining", "classifier"},
     {"judging", "scoring", "export"},
     {"workflow"},
@@ -107,7 +107,7 @@ def test_files_import_only_from_floors_below() -> None:
 
 
 def test_the_configuration_stops_at_the_doors() -> None:
-    knowing = {"launching", "planning", "workflow", "pretraining", "cli", "requests", "repeating", "scoring"}
+    knowing = {"launching", "planning", "workflow", "pretraining", "cli", "requests", "repeating", "scoring", "publishing"}
     assert {name for name in FLOOR_OF if "config" in imports(name)} == knowing
 
 
