@@ -262,7 +262,7 @@ def open_folder(folder: Path, setup: dict[str, Any]) -> None:
     path = folder / "setup.json"
     if not path.is_file():
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise CheckpointError(f"{folder} is not empty and holds no few-shot experiment. Choose another --folder.")
+            raise CheckpointError(f"{folder} is not empty and holds no experiment of this kind. Choose another --folder.")
         write_json(path, setup)
         return
     before = read_json(path)
