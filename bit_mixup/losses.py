@@ -8,20 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
 from bit_mixup.expansion import DataMeans, quadratic_term, shrink
 from bit_mixup.laws import TrainingLaw
 from bit_mixup.mixup import Place, choose_partners, draw_mixing
-from bit_mixup.models import Change, Normalize, forward
+from bit_mixup.models import Change, Network, Normalize, forward
 from bit_mixup.objectives import Objective
 from bit_mixup.sampling import Purpose, generator
 from bit_mixup.theory import mixing_moments
 
 
 def training_loss(
-    model: ResNetV2,
+    model: Network,
     images: Tensor,
     targets: Tensor,
     *,
@@ -38,7 +37,8 @@ def training_loss(
 
     Args:
         model: that is trained.
-        images: (N, 3, H, W), normalised; (2 N, 3, H, W) with the partners behind, where the law loads them.
+        images: (N, 3, H, W), normalised, or features (N, F) of a `LinearProbe`; (2 N, ...) with the partners behind, where the law
+            loads them.
         targets: (N, K) or (2 N, K) likewise, of the objective.
         law: what is done to them.
         mixes: whether this step mixes (`TrainingLaw.mixes_at`).
@@ -71,7 +71,7 @@ def training_loss(
 
 
 def _approximate_loss(
-    model: ResNetV2,
+    model: Network,
     images: Tensor,
     targets: Tensor,
     law: TrainingLaw,
@@ -105,7 +105,7 @@ def _smooth(targets: Tensor, law: TrainingLaw, means: DataMeans | None) -> Tenso
     return shrink(targets, toward, 1 - law.label_smoothing)
 
 
-def _add_noise(images: Tensor, law: TrainingLaw, place: Place, model: ResNetV2) -> Tensor:
+def _add_noise(images: Tensor, law: TrainingLaw, place: Place, model: Network) -> Tensor:
     """Normalised images (N, 3, H, W) with Gaussian noise of the law's size on the scale from black to white."""
     if not law.input_noise:
         return images

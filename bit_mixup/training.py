@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from bit_mixup.memory import (
     smaller_cuts,
 )
 from bit_mixup.mixup import Place
-from bit_mixup.models import Normalize
+from bit_mixup.models import Network, as_input
 from bit_mixup.objectives import Objective, SoftmaxCrossEntropy
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import MicroBatch, PositionBatches, cut_batch
@@ -41,7 +40,7 @@ from bit_mixup.voting import Council
 
 
 def train(
-    model: ResNetV2,
+    model: Network,
     stream: Stream,
     hyper: HyperParameters,
     accelerator: Accelerator,
@@ -51,22 +50,23 @@ def train(
     run: RunFolder,
     objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
     means: DataMeans | None = None,
-    watch: Callable[[int, ResNetV2], None] | None = None,
+    watch: Callable[[int, Network], None] | None = None,
     watch_every: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     log_every: int = 10,
     save_every: int = 100,
     keep_checkpoints: int = 2,
-) -> ResNetV2:
-    """Trains all weights of a model by SGD, from the newest checkpoint of the run if there is one.
+) -> Network:
+    """Trains the weights of a model that are not frozen by SGD, from the newest checkpoint of the run if there is one.
 
-    Fine-tuning, pre-training and distillation are this loop with other data, rates and objectives.
+    Fine-tuning, of all weights, some or the head alone, pre-training and distillation are this loop with other data, rates and
+    objectives.
 
     The gradient of a step is the mean over the examples of the global batch, whatever the cut into processes and micro-batches.
 
     Args:
-        model: with the head that is to be trained.
+        model: with the head that is to be trained; frozen weights (`bit_mixup.models.freeze`) get neither steps nor decay.
         stream: gives the example at each position of the run.
         hyper: rates, batch and length of the run.
         accelerator: of this process; its own gradient accumulation must be 1.
@@ -95,7 +95,8 @@ def train(
         Interrupted: a signal asked for it; a checkpoint of the last step holds all.
     """
     model.to(accelerator.device).to(memory_format=torch.channels_last)  # the bundled model's step takes a fifth less CPU time so
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
     done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
     work = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, num_workers)
     wrapped = accelerator.prepare_optimizer(optimizer)
@@ -136,7 +137,7 @@ def train(
 
 
 def fit_micro_batch(
-    model: ResNetV2,
+    model: Network,
     stream: Stream,
     hyper: HyperParameters,
     accelerator: Accelerator,
@@ -195,7 +196,7 @@ class StepWork:
         stream: as in `train`, and so on.
     """
 
-    model: ResNetV2
+    model: Network
     stream: Stream
     hyper: HyperParameters
     accelerator: Accelerator
@@ -206,7 +207,7 @@ class StepWork:
     num_workers: int
 
     def __post_init__(self) -> None:
-        self.normalize, self.dtype = Normalize.of(self.model), next(self.model.parameters()).dtype
+        self.dtype = next(self.model.parameters()).dtype
         self.checkpointing = False
         self.batches = self._batches([])
 
@@ -244,7 +245,7 @@ class StepWork:
         floor_sum = torch.zeros_like(loss_sum)
         for cut in cuts:
             images, labels = next(self.batches)
-            images = self.normalize(images, self.dtype).contiguous(memory_format=torch.channels_last)
+            images = as_input(self.model, images, self.dtype)
             targets = self.objective.targets(labels, num_classes=int(self.model.num_classes), dtype=self.dtype)
             place = Place(seed=self.seed, step=step, start=cut.positions(step, self.hyper.batch_size).start, groups=cut.groups)
             with self.accelerator.autocast():
