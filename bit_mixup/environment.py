@@ -128,9 +128,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what it would only compute again: bit_mixup in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "bit_mixup"
+def feature_folder() -> Path:
+    """Where the features of linear probes are kept: bit_mixup/features in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "bit_mixup" / "features"
 
 
 def versions() -> dict[str, str]:

@@ -67,7 +67,7 @@ class TrainingLaw:
         cool_down: last share of the steps that does not mix, in [0, 1].
         form: "exact" mixes. "modified" trains on what mixup amounts to without its noise: inputs and labels shrunk toward their
             means. "approximate" adds the quadratic term of its noise (Carratino et al., 2022, Theorem 2). Both are experimental.
-        on_features: examples are pooled features that were computed before, not pictures; these are mixed, and pictures not shrunk.
+        on_features: examples are pooled features that were computed before; they are what is mixed, and pictures are not shrunk.
 
     Raises:
         ConfigError: a value out of its range, or two that contradict each other.
@@ -105,11 +105,6 @@ class TrainingLaw:
             )
         if self.form != "exact":
             self._refuse_what_has_no_expansion()
-        if self.on_features and (self.stage or self.input_noise or self.form != "exact"):
-            raise ConfigError(
-                "mixup_stage, input_noise and mixup_form need the network or its pictures, but training is on pooled features. Leave "
-                "them out."
-            )
         if self.smooth_toward != "uniform" and not self.label_smoothing:
             raise ConfigError(
                 "smooth_toward says where smoothed labels go, but label_smoothing is 0: give it, or leave this out."

@@ -35,7 +35,7 @@ def _as_tensors(batch: Any) -> Any:
 def load_batches(
     source: BatchSource, batches: Iterable[list[int]], *, num_workers: int, device: torch.device
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """Images (N, 3, H, W) uint8, or features (N, F) float32, and labels (N,) int64 on the device, a pair for each list of indices.
+    """Images (N, 3, H, W) uint8, or features (N, F), and labels (N,) int64 on the device, a pair for each list of indices.
 
     Any number of worker processes gives the same pairs in the same order. To be closed (`contextlib.closing`), or an error's
     traceback would keep worker processes alive.

@@ -226,7 +226,11 @@ Network = ResNetV2 | LinearProbe
 def freeze(model: ResNetV2, trainable: Trainable) -> None:
     """Lets a backward pass reach all weights of a model, or the last stage, the normalisation behind it and the head ("stage4"),
     or the head alone."""
-    trained = {"all": [model], "stage4": [model.stages[-1], model.norm, model.head], "head": [model.head]}
+    trained: dict[Trainable, list[torch.nn.Module]] = {
+        "all": [model],
+        "stage4": [model.stages[-1], model.norm, model.head],
+        "head": [model.head],
+    }
     model.requires_grad_(False)
     for part in trained[trainable]:
         part.requires_grad_(True)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -38,9 +38,11 @@ from bit_mixup.sampling import MicroBatch, PositionBatches, cut_batch
 from bit_mixup.storage import write_json
 from bit_mixup.voting import Council
 
+Trained = TypeVar("Trained", bound=Network)
+
 
 def train(
-    model: Network,
+    model: Trained,
     stream: Stream,
     hyper: HyperParameters,
     accelerator: Accelerator,
@@ -50,14 +52,14 @@ def train(
     run: RunFolder,
     objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
     means: DataMeans | None = None,
-    watch: Callable[[int, Network], None] | None = None,
+    watch: Callable[[int, Trained], None] | None = None,
     watch_every: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     log_every: int = 10,
     save_every: int = 100,
     keep_checkpoints: int = 2,
-) -> Network:
+) -> Trained:
     """Trains the weights of a model that are not frozen by SGD, from the newest checkpoint of the run if there is one.
 
     Fine-tuning, of all weights, some or the head alone, pre-training and distillation are this loop with other data, rates and
@@ -133,7 +135,8 @@ def train(
                 accelerator.wait_for_everyone()
                 raise Interrupted(stopping, f"stopped after step {done}; {run.checkpoint(done)} holds it. Go on with --resume.")
     accelerator.wait_for_everyone()
-    return model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)
+    return model
 
 
 def fit_micro_batch(
@@ -288,7 +291,7 @@ class StepWork:
         )
 
 
-def _sum_gradients(model: ResNetV2, accelerator: Accelerator) -> None:
+def _sum_gradients(model: Network, accelerator: Accelerator) -> None:
     """Adds up the gradients of all processes, once a step.
 
     DistributedDataParallel would hide this behind the backward pass, but it puts gradients into another order after its first
