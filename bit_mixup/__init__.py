@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label
     from bit_mixup.examples import ArrayImages
     from bit_mixup.expansion import DataMeans, LossParts, decompose_loss, noise_covariances, quadratic_term, shrink
+    from bit_mixup.export import export_model
     from bit_mixup.hyperrule import HyperParameters, bit_hyperrule, learning_rate
     from bit_mixup.laws import TrainingLaw
     from bit_mixup.losses import training_loss
     from bit_mixup.mixup import Mixup, mix
-    from bit_mixup.models import load_bit, save_model
+    from bit_mixup.models import fold_weight_standardisation, load_bit, save_model
     from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy
     from bit_mixup.outcomes import Outcomes
     from bit_mixup.planning import Plan, make_plan
@@ -54,11 +55,12 @@ _HOMES = {
     "evaluation": ["EvaluationReport", "MultiLabelReport", "evaluate", "evaluate_multi_label"],
     "examples": ["ArrayImages"],
     "expansion": ["DataMeans", "LossParts", "decompose_loss", "noise_covariances", "quadratic_term", "shrink"],
+    "export": ["export_model"],
     "hyperrule": ["HyperParameters", "bit_hyperrule", "learning_rate"],
     "laws": ["TrainingLaw"],
     "losses": ["training_loss"],
     "mixup": ["Mixup", "mix"],
-    "models": ["load_bit", "save_model"],
+    "models": ["fold_weight_standardisation", "load_bit", "save_model"],
     "objectives": ["Distillation", "SigmoidCrossEntropy", "SoftmaxCrossEntropy"],
     "outcomes": ["Outcomes"],
     "planning": ["Plan", "make_plan"],
@@ -123,8 +125,10 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "evaluate_multi_label",
+    "export_model",
     "find_weights",
     "fit_temperature",
+    "fold_weight_standardisation",
     "in_between",
     "jacobian_norms",
     "learning_rate",

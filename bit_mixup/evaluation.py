@@ -56,7 +56,7 @@ class EvaluationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"accuracy_interval": list(self.accuracy_interval)}
 
     def summary(self) -> list[tuple[str, str]]:
         """Names and values of the overall scores, for people."""

@@ -3,11 +3,12 @@
 timm builds the networks; this file fills them, strictly: nothing is left at random and no head is kept or lost unasked.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -159,6 +160,34 @@ def set_std_eps(model: torch.nn.Module, std_eps: float) -> None:
     for module in model.modules():
         if isinstance(module, StdConv2d):
             module.eps = std_eps
+
+
+@torch.no_grad()
+def fold_weight_standardisation(model: ResNetV2) -> ResNetV2:
+    """A copy whose convolutions hold their standardised filters, in evaluation mode: for prediction alone, and as exact.
+
+    Weight standardisation is a function of the filters only, so what it gives can be kept once training is over. The copy has
+    plain convolutions and the same tensors by the same names; trained any further, it would be another network.
+
+    Args:
+        model: left as it is.
+    """
+    folded = copy.deepcopy(model).eval()
+    for name, module in list(folded.named_modules()):
+        if not isinstance(module, StdConv2d):
+            continue
+        weight, old = module.weight, cast(Any, module)
+        rows = F.batch_norm(weight.reshape(1, len(weight), -1), None, None, training=True, momentum=0.0, eps=module.eps)
+        plain = torch.nn.Conv2d(
+            old.in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, dilation=old.dilation,
+            groups=old.groups, bias=old.bias is not None, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        plain.weight.copy_(rows.reshape_as(weight))
+        if module.bias is not None:
+            assert plain.bias is not None
+            plain.bias.copy_(module.bias)
+        folded.set_submodule(name, plain.eval())
+    return folded
 
 
 @dataclass(frozen=True, kw_only=True)

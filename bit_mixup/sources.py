@@ -204,6 +204,8 @@ def _from_file(path: Path) -> Source:
 
 
 def _from_folder(path: Path) -> Source:
+    if any(file.suffix.lower() in DATA_FILES and re.match(r"train([^a-z]|$)", file.stem.lower()) for file in path.iterdir()):
+        return _read_files(*_find_data_files(path))  # folders beside a table hold its pictures, and are no classes
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     split_folders = {entry.name.lower(): entry for entry in folders if entry.name.lower() in _SPLIT_FOLDERS}
     if "train" in split_folders and any(entry.is_dir() for entry in split_folders["train"].iterdir()):

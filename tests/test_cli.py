@@ -40,6 +40,10 @@ def test_usage_names_every_command(line: str, says) -> None:
         "plan",
         "doctor",
         "models",
+        "predict",
+        "evaluate",
+        "compare",
+        "export",
         "pretrain",
         "distill",
     ]

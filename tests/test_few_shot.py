@@ -187,6 +187,8 @@ def test_fine_tuning_leaves_scores_table_and_plot(words: list[str], tmp_path: Pa
         "config.json",
         "metrics.jsonl",
         "plan.json",
+        "predictions.csv",
+        "report.html",
         "report.json",
         "report.md",
     ]
