@@ -2,6 +2,7 @@
 
 A linear probe asks for the same features in each run. They are kept in a folder whose name is a hash of all that decides them:
 the encoded pictures in their order, the weights, how pictures are resized and normalised, precision, device and versions.
+Threads, processes and the size of a batch are not in it: they change rounding alone, and what is kept stays the same.
 """
 
 import hashlib

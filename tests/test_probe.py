@@ -107,6 +107,7 @@ def test_the_rest_of_the_model_stays_as_it_was(quick: dict[str, Any], tiny_bit: 
     checkpoint = RunFolder(result.output_dir).checkpoint(6)
     held = {name: set(safetensors.torch.load_file(checkpoint / f"{name}.safetensors")) for name in ("model", "momentum")}
     assert held == {"model": set(HEAD) if trainable == "head" else set(before), "momentum": may_change}
+    assert json.loads(RunFolder(result.output_dir).plan.read_text())["resolved"]["trainable"] == trainable
     again = bit_mixup.load(result.output_dir / "model")
     assert len(again.predict([Image.new("RGB", (40, 40))])) == 1
 
