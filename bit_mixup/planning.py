@@ -107,11 +107,14 @@ class Plan:
 
     def memory_bytes(self, examples: int | None = None) -> int:
         """Estimate in bytes for each process, for backward passes of some examples (None: as they are planned)."""
-        features = 4 * self.num_train * self.weights.shape.num_features if self.probes else 0
-        return features + self.weights.shape.training_bytes(
-            self.resolution.hyper.crop_size,
-            examples=examples or self.pictures_at_a_time,
-            num_classes=self.data.num_classes,
+        shape, size = self.weights.shape, self.resolution.hyper.crop_size
+        examples, classes = examples or self.pictures_at_a_time, self.data.num_classes
+        if self.probes:
+            return shape.probing_bytes(size, examples=examples, num_classes=classes, num_train=self.num_train)
+        return shape.training_bytes(
+            size,
+            examples=examples,
+            num_classes=classes,
             half=self.environment.precision != "fp32",
             num_processes=self.environment.num_processes,
             activations=self.law.memory_factor,
@@ -303,7 +306,7 @@ class Plan:
         ]
 
     def _machine_lines(self) -> list[str]:
-        env, about = self.environment, "about" if self.config.trainable == "all" else "at most about"
+        env, about = self.environment, "at most about" if self.config.trainable == "stage4" else "about"
         return [
             f"{env.precision} ({env.precision_from}), {env.threads} thread(s) on the CPU, "
             f"{about} {size_text(self.memory_bytes())} of memory for each process beside the libraries",
