@@ -91,9 +91,9 @@ class Architecture:
         return 4 * floats
 
     def forward_bytes(self, size: int) -> int:
-        """Memory in bytes that an fp32 image of `size` x `size` pixels takes at most on its way forward, where nothing is kept."""
+        """Memory in bytes that an fp32 image of `size` x `size` pixels takes at most on its way forward, with nothing kept."""
         edge = -(-size // 2)
-        live = [3 * size * size + self.stem_channels * (edge * edge + (edge + 2) ** 2)]  # it padded, too
+        live = [3 * size * size + self.stem_channels * (edge * edge + (edge + 2) ** 2)]  # its output, and that padded
         edge = (edge + 2 - 3) // 2 + 1
         for inputs, inner, outputs, stride in self._blocks():
             area, out_area = edge * edge, (-(-edge // stride)) ** 2
