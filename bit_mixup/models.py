@@ -23,6 +23,7 @@ from torch import Tensor
 from bit_mixup.environment import versions
 from bit_mixup.errors import WeightsError
 from bit_mixup.images import View
+from bit_mixup.laws import Trainable
 from bit_mixup.storage import read_json, write_json
 from bit_mixup.weights import CONFIG_FILE, Weights, fetch, find_weights, read_npz
 
@@ -227,11 +228,49 @@ def std_eps_effect(model: ResNetV2) -> StdEpsEffect:
     return StdEpsEffect(smallest_variance=variance, relative_change=float(change), of="logits" if has_head else "features")
 
 
+class LinearProbe(torch.nn.Module):
+    """The head of a BiT as a network of its own, which is shown pooled features (N, F) in the place of pictures.
+
+    It shares its weights with the model, under the same names: what trains the one trains the other.
+
+    Args:
+        model: whose head it is.
+    """
+
+    def __init__(self, model: ResNetV2) -> None:
+        super().__init__()
+        self.head, self.num_classes = model.head, int(model.num_classes)
+
+    def get_classifier(self) -> torch.nn.Module:
+        """The layer from features to logits, as timm's models give it."""
+        layer: torch.nn.Module = self.head.fc
+        return layer
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Does nothing: between features and logits there are no activations to save."""
+
+
+Network = ResNetV2 | LinearProbe
+
+
+def freeze(model: ResNetV2, trainable: Trainable) -> None:
+    """Lets a backward pass reach all weights of a model, or the last stage, the normalisation behind it and the head ("stage4"),
+    or the head alone."""
+    trained: dict[Trainable, list[torch.nn.Module]] = {
+        "all": [model],
+        "stage4": [model.stages[-1], model.norm, model.head],
+        "head": [model.head],
+    }
+    model.requires_grad_(False)
+    for part in trained[trainable]:
+        part.requires_grad_(True)
+
+
 Change = Callable[[Tensor], Tensor]
 
 
 def forward(
-    model: ResNetV2, images: Tensor, *, stage: int = 0, change_stage: Change | None = None, change_features: Change | None = None
+    model: Network, images: Tensor, *, stage: int = 0, change_stage: Change | None = None, change_features: Change | None = None
 ) -> Tensor:
     """Logits (N, K) of normalised images (N, 3, H, W), as `model(images)`.
 
@@ -240,22 +279,30 @@ def forward(
 
     Args:
         model: whose logits are asked for.
-        images: normalised.
+        images: normalised; of a `LinearProbe` features (N, F).
         stage: after which of the four stages, from 1, `change_stage` is applied to the feature maps (N, C, H', W').
         change_stage: in place of nothing.
         change_features: applied to the pooled features (N, F) before the head.
     """
-    if change_stage is None:
-        maps = model.forward_features(images)
+    if isinstance(model, LinearProbe):
+        features = images
     else:
-        maps = model.stem(images)
-        for number, block in enumerate(model.stages, start=1):
-            maps = block(maps)
-            maps = change_stage(maps) if number == stage else maps
-        maps = model.norm(maps)
-    features = model.forward_head(maps, pre_logits=True)
+        features = model.forward_head(_feature_maps(model, images, stage, change_stage), pre_logits=True)
     head: Any = model.get_classifier()
     return F.linear(change_features(features) if change_features else features, head.weight.flatten(1), head.bias)
+
+
+def _feature_maps(model: ResNetV2, images: Tensor, stage: int, change_stage: Change | None) -> Tensor:
+    """The maps (N, F, H', W') behind the last normalisation."""
+    if change_stage is None:
+        maps: Tensor = model.forward_features(images)
+        return maps
+    maps = model.stem(images)
+    for number, block in enumerate(model.stages, start=1):
+        maps = block(maps)
+        maps = change_stage(maps) if number == stage else maps
+    maps = model.norm(maps)
+    return maps
 
 
 @dataclass(frozen=True)
@@ -286,6 +333,13 @@ class Normalize:
         """Mean and standard deviation, (3, 1, 1) each, on the device and in the type of another tensor."""
         mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return mean, std
+
+
+def as_input(model: Network, batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a network takes: of pictures (N, 3, H, W) uint8 normalised ones, channels last; features (N, F) as they are."""
+    if isinstance(model, LinearProbe):
+        return batch.to(dtype)
+    return Normalize.of(model)(batch, dtype).contiguous(memory_format=torch.channels_last)
 
 
 def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], view: View, std_eps: float) -> None:
