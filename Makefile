@@ -1,7 +1,7 @@
 # bit_mixup: `make` lists the targets. Each does its own set-up: Python >= 3.11, git and make are enough.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all ci plan doctor models few-shot mixup-study pretrain distill open-sets upstream bundled fine-tune \
+.PHONY: help install check format test test-all ci plan doctor models few-shot vtab mixup-study pretrain distill open-sets upstream bundled fine-tune \
         fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet soak clean
 
 PYTHON ?= python3
@@ -72,6 +72,9 @@ models: $(READY) ## list the pretrained weights
 
 few-shot: $(READY) ## the few-shot protocol: MODEL on DATASET, 1, 5 and 10 for each class, 5 seeds, beside three baselines
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/few_shot.py --dataset '$(DATASET)' --model '$(MODEL)' $(ARGS)
+
+vtab: $(READY) ## VTAB-1k: 19 tasks of 1,000 examples by the rule, beside the published figures (ARGS='--tasks vtab paper'; '--list' shows all)
+	$(BIN)/python recipes/vtab.py --model '$(BIT)' $(ARGS)
 
 mixup-study: $(READY) ## what mixup does to MODEL on DATASET: 151 short runs (35 minutes on two cores) and a report, runs/mixup-study/report.html
 	$(BIN)/python recipes/mixup_study.py --dataset '$(DATASET)' --model '$(MODEL)' $(if $(filter digits,$(DATASET)),,--flip) $(ARGS)
