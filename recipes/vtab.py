@@ -5,9 +5,9 @@
     python recipes/vtab.py --tasks vtab paper --model resnetv2_101x3_bit.goog_in21k --folder runs/vtab-101x3
     python recipes/vtab.py --tasks structured --lists path/to/vtab-1k
 
-Each of VTAB's 19 tasks is learned from 1,000 examples and scored once, on the whole test split. Nothing is tuned. Where a crop or a
-mirror image would change the label, there is none (Kolesnikov et al., 2020): no crop means that pictures are resized straight to
-the crop's size. The paper's sets are learned from all of their training split.
+Each of VTAB's 19 tasks is learned from 1,000 examples and scored once, on the whole test split. Nothing is tuned. Where a crop or
+a mirror image would change the label, there is none (Kolesnikov et al., 2020): no crop means that pictures are resized straight
+to the crop's size. The paper's sets are learned from all of their training split.
 
 Which 1,000? VTAB defines them by the order of TensorFlow Datasets: the first 800 of its training and the first 200 of its
 validation split. The hub's sets do not say that they keep this order, and most lack the validation split. So of these a seeded
@@ -15,8 +15,8 @@ draw is taken: 800 and 200 where there is a validation split, else 1,000 of the 
 official examples are in the archive vtab-1k.zip of the hub's XiN0919/VTAB-1k, as lists train800val200.txt and test.txt for each
 task: unpack it and name the folder with --lists. The table says which were used.
 
-The hub ids were found by search in public pages and code, not fetched. One that no search confirmed has none here; such a task, and
-any that can not be fetched or fails, is listed with its reason, and the exit status is 1. FOLDER holds
+The hub ids were found by search in public pages and code, not fetched. A task whose set no search confirmed has none here; it,
+and any task that can not be fetched or fails, is listed with its reason, and the exit status is 1. FOLDER holds
 
 setup.json          what was asked of which weights
 scores/             one file for each finished task, with the rows that were drawn: what is there is not repeated
@@ -24,8 +24,8 @@ runs/, logs/        the runs of `bit_mixup.transfer` and what they print; an int
 table.md            ours and the published figures, and what failed
 results.json        the same
 
-Checkpoints and models of finished runs are removed unless --keep-models is given. Tasks may be added to a FOLDER later; a start with
-another model, schedule or seed, or with other lists, is refused.
+Checkpoints and models of finished runs are removed unless --keep-models is given. Tasks may be added to a FOLDER later; a start
+with another model, schedule or seed, or with --lists where there was none, is refused.
 """
 
 import hashlib
@@ -96,11 +96,17 @@ class Task:
     flip: bool = True
     meaning: str = ""
 
+    @property
+    def files(self) -> dict[str, str] | None:
+        """Patterns of a WebDataset's shards: by the nshards.txt beside a single shard the library takes a set for text."""
+        shards = self.hub is not None and self.hub.startswith(WDS)
+        return {split: f"{split}/*.tar" for split in (self.train, self.test)} if shards else None
 
-# Classes and bins: google-research/task_adaptation (d2a72ed), data/*.py. No flip, no crop: Kolesnikov et al. (2020), section 3.3.
+
+# Classes and bins: google-research/task_adaptation (d2a72ed), data/*.py. No flip, no crop: Kolesnikov et al. (2020).
 _DISTANCE = "distance of the nearest object, in VTAB's bins (to 8, 8.5, 9, 9.5, 10 and beyond), as the set has it"
 _VEHICLE = "distance of the nearest car, van or truck: to 8 m, to 20 m, beyond, or none"
-_REWARD = "near, middling or far, of a good or a bad object, as the set has it"
+_REWARD = "close, far or very far from an object of positive or of negative reward, as the set has it"
 TASKS = (
     Task("caltech101", "Natural", 102, WDS + "caltech101", "caltech101"),
     Task("cifar100", "Natural", 100, WDS + "cifar100", "cifar"),
@@ -118,8 +124,8 @@ TASKS = (
     Task("clevr-distance", "Structured", 6, WDS + "clevr_closest_object_distance", "clevr_dist", crop=False, meaning=_DISTANCE),
     Task("dmlab", "Structured", 6, WDS + "dmlab", "dmlab", crop=False, meaning=_REWARD),
     Task("kitti-distance", "Structured", 4, None, "kitti", crop=False, meaning=_VEHICLE),
-    Task("dsprites-location", "Structured", 16, WDS + "dsprites_label_x_position", "dsprites_loc", stored=32, crop=False, flip=False,
-         meaning="horizontal position: 32 values joined to 16 bins here"),
+    Task("dsprites-location", "Structured", 16, WDS + "dsprites_label_x_position", "dsprites_loc", stored=32, crop=False,
+         flip=False, meaning="horizontal position: 32 values joined to 16 bins here"),
     Task("dsprites-orientation", "Structured", 16, WDS + "dsprites_label_orientation", "dsprites_ori", stored=40, flip=False,
          meaning="angle: 40 values joined to 16 bins here"),
     Task("smallnorb-azimuth", "Structured", 18, WDS + "smallnorb_label_azimuth", "smallnorb_azi", flip=False,
@@ -143,10 +149,11 @@ GROUPS: dict[str, tuple[Group, ...]] = {
 }
 MEAN = "VTAB-1k"  # of the 19 tasks
 
-# Percent, by task, group or MEAN. For VTAB-1k the authors give no figure for a single task of BiT-M.
+# Percent, by task, group or MEAN. Figures of BiT-M for single tasks of VTAB were not found.
 PUBLISHED_SOURCE = (
-    "VTAB-1k, and R50x1, R101x3 and R152x2 on the paper's sets: README of google-research/big_transfer (140de6e), PyTorch column, "
-    "medians; there CIFAR is learned with --batch 128 --base_lr 0.001. R152x4 on the paper's sets: Kolesnikov et al. (2020)"
+    "VTAB-1k, and R50x1, R101x3 and R152x2 on the paper's sets: README of google-research/big_transfer (140de6e), PyTorch "
+    "column, medians; there CIFAR is learned with --batch 128 --base_lr 0.001. R152x4 on the paper's sets: Kolesnikov et al. "
+    "(2020)"
 )
 PUBLISHED: dict[str, dict[str, float]] = {
     "BiT-M R50x1": {"full-cifar10": 97.4, "full-cifar100": 86.6, "full-imagenet": 80.68},
@@ -249,7 +256,7 @@ def labels_of(task: Task, split: Dataset, name: str, column: str) -> Labels:
     wrong = np.flatnonzero((values < 0) | (values >= stored))
     if len(wrong):
         raise DataError(
-            f'{task.hub} {name} row {wrong[0]} has the label {values[wrong[0]]} in "{column}"; {task.name} has 0 to {stored - 1}. '
+            f'{task.hub} {name} row {wrong[0]} has the label {values[wrong[0]]} in "{column}", not one of 0 to {stored - 1}. '
             "The set is not the one that this recipe knows: use the official examples, with --lists."
         )
     return values * task.classes // stored
@@ -288,7 +295,7 @@ def from_hub(task: Task, seed: int) -> Examples:
         raise DataError(
             f"not confirmed: no search found a set with it on the hub. Unpack that of {LISTS_ID} and name it by --lists."
         )
-    opened = open_source(task.hub)
+    opened = open_source(task.hub, files=task.files)
     named = {"train_split": task.train, "test_split": task.test, **({"validation": task.validation} if task.validation else {})}
     found = {name: opened.splits[pick_split(opened, name, flag)] for flag, name in named.items()}
     parts = {name: relabelled(task, split, name) for name, split in found.items()}

@@ -144,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: a connection for each reque
         if api and rest[:1] in ([], ["revision"]):
             return self._json(_info(key, commits[commit], commit), commit)
         if api and rest[:1] == ["tree"]:
-            entries = _tree(commits[commit], "/".join([*rest[2:], ""]))
+            recursive = "recursive=true" in urlsplit(self.path).query.lower()
+            entries = _tree(commits[commit], "/".join([*rest[2:], ""]), recursive=recursive)
             return self._json(entries, commit) if entries else self._fail(404, "EntryNotFound", commit=commit)
         return self._fail(404, None)
 
@@ -217,13 +218,15 @@ def _info(key: str, files: Files, commit: str) -> dict[str, Any]:
     return {"id": key.split("/", 1)[1], "sha": commit, "siblings": siblings, **common}
 
 
-def _tree(files: Files, prefix: str) -> list[dict[str, Any]]:
-    """The files and folders right below a prefix; none if there is no such folder."""
+def _tree(files: Files, prefix: str, *, recursive: bool) -> list[dict[str, Any]]:
+    """The files and folders below a prefix, or only right below it; none if there is no such folder."""
     entries: dict[str, dict[str, Any]] = {}
     for name, content in files.items():
-        child = prefix + name.removeprefix(prefix).split("/")[0]
-        if name.startswith(prefix) and child == name:
-            entries[name] = {"type": "file", "path": name, "size": _size(content), "oid": "0" * 40}
-        elif name.startswith(prefix):
-            entries[child] = {"type": "directory", "path": child, "size": 0, "oid": "0" * 40}
+        if not name.startswith(prefix):
+            continue
+        parts = name.removeprefix(prefix).split("/")
+        for depth in range(1, len(parts) + 1 if recursive else 2):
+            child = prefix + "/".join(parts[:depth])
+            kind, size = ("file", _size(content)) if child == name else ("directory", 0)
+            entries[child] = {"type": kind, "path": child, "size": size, "oid": "0" * 40}
     return list(entries.values())
