@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import vtab
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image
 from hub import Files, LoopbackHub
 from PIL import Image as Pictures
 
@@ -37,15 +37,15 @@ def origin(encoded: dict[str, Any]) -> tuple[str, int]:
     return SPLITS[split], 256 * high + low
 
 
-def tables(counts: dict[str, int], classes: int, columns: tuple[str, str], *, named: bool = False) -> Files:
+def tables(counts: dict[str, int], classes: int) -> Files:
     """A data set in parquet; the label of row r is r modulo the number of classes."""
-    label = ClassLabel(names=[f"kind {number}" for number in range(classes)]) if named else Value("int64")
+    features = Features({"image": Image(), "label": ClassLabel(names=[f"kind {number}" for number in range(classes)])})
     files: dict[str, bytes | Path] = {}
     for split, count in counts.items():
-        rows = {columns[0]: [{"bytes": picture(split, row), "path": None} for row in range(count)]}
-        rows |= {columns[1]: [row % classes for row in range(count)]}
+        pictures = [{"bytes": picture(split, row), "path": None} for row in range(count)]
         table = io.BytesIO()
-        Dataset.from_dict(rows, features=Features({columns[0]: Image(), columns[1]: label})).to_parquet(table)
+        columns = {"image": pictures, "label": [row % classes for row in range(count)]}
+        Dataset.from_dict(columns, features=features).to_parquet(table)
         files[f"data/{split}-00000-of-00001.parquet"] = table.getvalue()
     return files
 
@@ -68,10 +68,10 @@ def webdataset(counts: dict[str, int], classes: int) -> Files:
 
 @pytest.fixture(scope="module", autouse=True)
 def sets(hub: LoopbackHub) -> None:
-    """Stand-ins of three tasks' sets: one as it lies on the hub, one of labels to be joined, one with a validation split."""
+    """Stand-ins of three tasks' sets: one of classes, one of labels to be joined, one with a validation split."""
     hub.add_dataset(SVHN, webdataset({"train": 1100, "test": 20}, 10))
-    hub.add_dataset(LOCATION, tables({"train": 1040, "test": 64}, 32, ("webp", "cls")))
-    hub.add_dataset(SUN, tables({"train": 900, "validation": 260, "test": 30}, 397, ("image", "label"), named=True))
+    hub.add_dataset(LOCATION, webdataset({"train": 1040, "test": 64}, 32))
+    hub.add_dataset(SUN, tables({"train": 900, "validation": 260, "test": 30}, 397))
 
 
 def words(folder: Path, model: Path, tasks: Sequence[str], *more: str) -> list[str]:
@@ -218,7 +218,7 @@ def test_what_can_not_be_had_is_listed(
     tiny_bit: Path, tmp_path: Path, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
-    hub.add_dataset("clip-benchmark/wds_vtab-pcam", tables({"train": 20, "test": 8}, 3, ("webp", "cls")))
+    hub.add_dataset("clip-benchmark/wds_vtab-pcam", webdataset({"train": 20, "test": 8}, 3))
     with pytest.raises(SystemExit, match="1"):
         vtab.main(words(folder, tiny_bit, ["svhn", "eurosat", "kitti-distance", "patch-camelyon"]))
     shown, results = (folder / "table.md").read_text(), read_json(folder / "results.json")
