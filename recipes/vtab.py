@@ -11,18 +11,18 @@ to the crop's size. The paper's sets are learned from all of their training spli
 
 Which 1,000? VTAB defines them by the order of TensorFlow Datasets: the first 800 of its training and the first 200 of its
 validation split. The hub's sets do not say that they keep this order, and most lack the validation split. So of these a seeded
-draw is taken: 800 and 200 where there is a validation split, else 1,000 of the training split. Their test splits are VTAB's. The
-official examples are in the archive vtab-1k.zip of the hub's XiN0919/VTAB-1k, as lists train800val200.txt and test.txt for each
-task: unpack it and name the folder with --lists. The table says which were used.
+draw is taken: 800 and 200 where there is a validation split, else 1,000 of the training split. The official examples are in the
+archive vtab-1k.zip (4.7 GB) of the hub's XiN0919/VTAB-1k, as lists train800val200.txt and test.txt for each task: unpack it and
+name the folder with --lists. The table says which were used, and where a test split has another size than VTAB's.
 
 The hub ids were found by search in public pages and code, not fetched. A task whose set no search confirmed has none here; it,
 and any task that can not be fetched or fails, is listed with its reason, and the exit status is 1. FOLDER holds
 
-setup.json          what was asked of which weights
-scores/             one file for each finished task, with the rows that were drawn: what is there is not repeated
-runs/, logs/        the runs of `bit_mixup.transfer` and what they print; an interrupted one goes on from its checkpoint
-table.md            ours and the published figures, and what failed
-results.json        the same
+    setup.json          what was asked of which weights
+    scores/             one file for each finished task, with the rows that were drawn: what is there is not repeated
+    runs/, logs/        the runs of `bit_mixup.transfer` and what they print; an interrupted one goes on from its checkpoint
+    table.md            ours and the published figures, and what failed
+    results.json        the same
 
 Checkpoints and models of finished runs are removed unless --keep-models is given. Tasks may be added to a FOLDER later; a start
 with another model, schedule or seed, or with --lists where there was none, is refused.
