@@ -1,7 +1,7 @@
 # bit_mixup: `make` lists the targets. Each does its own set-up: Python >= 3.11, git and make are enough.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all ci plan doctor models few-shot vtab mixup-study pretrain distill open-sets upstream bundled fine-tune \
+.PHONY: help docs install check format test test-all ci plan doctor models few-shot vtab mixup-study pretrain distill open-sets upstream bundled fine-tune \
         fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet soak clean
 
 PYTHON ?= python3
@@ -73,7 +73,7 @@ models: $(READY) ## list the pretrained weights
 few-shot: $(READY) ## the few-shot protocol: MODEL on DATASET, 1, 5 and 10 for each class, 5 seeds, beside three baselines
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/few_shot.py --dataset '$(DATASET)' --model '$(MODEL)' $(ARGS)
 
-vtab: $(READY) ## VTAB-1k: 19 tasks of 1,000 examples by the rule, beside the published figures (ARGS='--tasks vtab paper'; '--list' shows all)
+vtab: $(READY) ## VTAB-1k: MODEL (a BiT-M) on 19 tasks of 1,000 examples, from the hub, beside published figures
 	$(BIN)/python recipes/vtab.py --model '$(BIT)' $(ARGS)
 
 mixup-study: $(READY) ## what mixup does to MODEL on DATASET: 151 short runs (35 minutes on two cores) and a report, runs/mixup-study/report.html
@@ -109,6 +109,9 @@ test: $(READY) ## the tests (under 6 minutes on 2 cores, no network)
 
 test-all: $(READY) ## the tests and the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ''
+
+docs: $(READY) ## write docs/api.md anew from the docstrings
+	$(BIN)/python recipes/make_api.py
 
 soak: $(READY) ## kill a small training run at random moments 50 times, resume it, compare the bits (ARGS='--kills 6 --processes 2')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)

@@ -19,21 +19,31 @@ if TYPE_CHECKING:
     from bit_mixup.corruption import CorruptedLabels, corrupt_labels, memorisation
     from bit_mixup.data import ImageDataset, load_image_dataset
     from bit_mixup.diagnostics import AdversarialErrors, InBetween, adversarial_errors, attack, in_between, jacobian_norms
-    from bit_mixup.errors import BitMixupError, CheckpointError, ConfigError, DataError, NonFiniteError, WeightsError
+    from bit_mixup.errors import (
+        BitMixupError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NonFiniteError,
+        PublishError,
+        WeightsError,
+    )
     from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label
     from bit_mixup.examples import ArrayImages
     from bit_mixup.expansion import DataMeans, LossParts, decompose_loss, noise_covariances, quadratic_term, shrink
+    from bit_mixup.export import export_model
     from bit_mixup.hyperrule import HyperParameters, bit_hyperrule, learning_rate
     from bit_mixup.laws import TrainingLaw
     from bit_mixup.losses import training_loss
     from bit_mixup.mixup import Mixup, mix
-    from bit_mixup.models import load_bit, save_model
+    from bit_mixup.models import fold_weight_standardisation, load_bit, save_model
     from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy
     from bit_mixup.outcomes import Outcomes
     from bit_mixup.planning import Plan, make_plan
     from bit_mixup.plots import reliability_diagram, save_figure
     from bit_mixup.prediction import predict_features, predict_logits
     from bit_mixup.pretraining import PretrainResult, distill, pretrain
+    from bit_mixup.publishing import Published, push
     from bit_mixup.scoring import Evaluation, evaluate_model
     from bit_mixup.theory import MixingMoments, loss_floor, mixing_moments
     from bit_mixup.training import train
@@ -50,21 +60,23 @@ _HOMES = {
     "corruption": ["CorruptedLabels", "corrupt_labels", "memorisation"],
     "data": ["ImageDataset", "load_image_dataset"],
     "diagnostics": ["AdversarialErrors", "InBetween", "adversarial_errors", "attack", "in_between", "jacobian_norms"],
-    "errors": ["BitMixupError", "CheckpointError", "ConfigError", "DataError", "NonFiniteError", "WeightsError"],
+    "errors": ["BitMixupError", "CheckpointError", "ConfigError", "DataError", "NonFiniteError", "PublishError", "WeightsError"],
     "evaluation": ["EvaluationReport", "MultiLabelReport", "evaluate", "evaluate_multi_label"],
     "examples": ["ArrayImages"],
     "expansion": ["DataMeans", "LossParts", "decompose_loss", "noise_covariances", "quadratic_term", "shrink"],
+    "export": ["export_model"],
     "hyperrule": ["HyperParameters", "bit_hyperrule", "learning_rate"],
     "laws": ["TrainingLaw"],
     "losses": ["training_loss"],
     "mixup": ["Mixup", "mix"],
-    "models": ["load_bit", "save_model"],
+    "models": ["fold_weight_standardisation", "load_bit", "save_model"],
     "objectives": ["Distillation", "SigmoidCrossEntropy", "SoftmaxCrossEntropy"],
     "outcomes": ["Outcomes"],
     "planning": ["Plan", "make_plan"],
     "plots": ["reliability_diagram", "save_figure"],
     "prediction": ["predict_features", "predict_logits"],
     "pretraining": ["PretrainResult", "distill", "pretrain"],
+    "publishing": ["Published", "push"],
     "scoring": ["Evaluation", "evaluate_model"],
     "theory": ["MixingMoments", "loss_floor", "mixing_moments"],
     "training": ["train"],
@@ -104,6 +116,8 @@ __all__ = [
     "Prediction",
     "PretrainConfig",
     "PretrainResult",
+    "PublishError",
+    "Published",
     "RuleChoice",
     "SigmoidCrossEntropy",
     "SoftmaxCrossEntropy",
@@ -123,8 +137,10 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "evaluate_multi_label",
+    "export_model",
     "find_weights",
     "fit_temperature",
+    "fold_weight_standardisation",
     "in_between",
     "jacobian_norms",
     "learning_rate",
@@ -143,6 +159,7 @@ __all__ = [
     "predict_features",
     "predict_logits",
     "pretrain",
+    "push",
     "quadratic_term",
     "reliability_diagram",
     "save_figure",

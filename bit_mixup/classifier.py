@@ -30,8 +30,8 @@ from bit_mixup.pictures import Pictures, PicturesInMemory, ReadableView, reason
 from bit_mixup.prediction import in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.storage import read_json, write_text
-from bit_mixup.unmixing import CHOICE, RECORD, MixupRecord, RuleChoice, predict_by_rule
-from bit_mixup.weights import CONFIG_FILE, fetch, find_weights
+from bit_mixup.unmixing import CHOICE, MEAN_IMAGE, RECORD, MixupRecord, RuleChoice, predict_by_rule
+from bit_mixup.weights import CONFIG_FILE, fetch, fetch_companions, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,7 @@ def load(name_or_path: str | Path, *, revision: str | None = None, rule: str = "
     run = next((RunFolder(folder) for folder in (path, path.parent) if _is_run_of(folder, path)), None)
     weights = fetch(find_weights(str(run.model if run else name_or_path)), revision=revision)
     assert weights.file is not None
+    fetch_companions(weights, (RECORD, MEAN_IMAGE, CHOICE))
     model = build_bit(weights, keep_head=True)
     folder = weights.file.parent
     choice = RuleChoice.load(folder) if rule == "stored" else None

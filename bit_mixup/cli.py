@@ -16,7 +16,7 @@ from bit_mixup.catalog import PUBLISHED
 from bit_mixup.config import Config, DistillConfig, DoctorConfig, PretrainConfig, TransferConfig
 from bit_mixup.environment import available_cores
 from bit_mixup.errors import BitMixupError, ConfigError, Interrupted, did_you_mean, shown
-from bit_mixup.requests import CompareConfig, EvaluateConfig, PredictConfig, RequestKind
+from bit_mixup.requests import CompareConfig, EvaluateConfig, ExportConfig, PredictConfig, PushConfig, RequestKind
 from bit_mixup.storage import write_json, write_text
 from bit_mixup.weights import BUNDLED, find_weights, size_text
 
@@ -33,6 +33,8 @@ Transfer a pretrained BiT to your pictures; the BiT-HyperRule chooses schedule, 
   predict     say what is on pictures: files, folders, globs or a data set
   evaluate    score a saved model on a data set, with the same report as a run
   compare     tell whether runs differ by more than chance on the same test examples
+  push        publish a run's model on the hub, with a model card (--dry-run writes the files alone)
+  export      write a model as ONNX, or for torch.export, for other programs
   pretrain    train a model from random weights by BiT's upstream recipe, to transfer from
   distill     train a model to agree with another, without labels
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = {"fine-tune": fine_tune_command, "plan": plan_command, "models": models_command}
     commands |= {"doctor": doctor_command, "pretrain": pretrain_command, "distill": distill_command}
     commands |= {"predict": predict_command, "evaluate": evaluate_command, "compare": compare_command}
+    commands |= {"export": export_command, "push": push_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -213,6 +216,46 @@ def compare_command(arguments: Sequence[str]) -> None:
         write_json(config.json, comparison.as_dict())
     if config.html is not None:
         write_text(config.html, render_comparison(comparison, command=shlex.join(["bit-mixup", "compare", *arguments])))
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """export: the options of `ExportConfig`."""
+    config = _request(arguments, ExportConfig)
+    from bit_mixup.classifier import load
+    from bit_mixup.export import check_export, export_model
+
+    check_export(config.output, overwrite=config.overwrite)
+    classifier = load(config.model, revision=config.revision, rule="stored" if config.rule == "stored" else "raw")
+    said = export_model(
+        classifier,
+        config.output,
+        ending="logits" if config.rule == "none" else "probabilities",
+        pixels=config.pixels,
+        overwrite=config.overwrite,
+    )
+    shapes = {side: " x ".join(map(str, said[side]["shape"])) for side in ("input", "output")}
+    takes, gives = (said["input"][name] for name in ("name", "type")), said["output"]["name"]
+    print(f"{config.output!s:<60} {' '.join(takes)} {shapes['input']} -> {gives} {shapes['output']}")
+    if said["prediction_rule"]:
+        print(f"{'':<60} by the rule {classifier.choice.rule} ({classifier.choice.why})")
+    print(f"{f'{config.output}.json':<60} what a program must know to call it")
+
+
+def push_command(arguments: Sequence[str]) -> None:
+    """push: the options of `PushConfig`."""
+    config = _request(arguments, PushConfig)
+    from bit_mixup.publishing import push
+
+    published = push(
+        config.run,
+        config.repository,
+        dry_run=config.dry_run,
+        private=config.private,
+        license=config.license,
+        message=config.message,
+    )
+    print("\n".join(published.files))
+    print(f"\n{published.url or config.dry_run}")
 
 
 def _request(arguments: Sequence[str], kind: type[RequestKind]) -> RequestKind:

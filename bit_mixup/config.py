@@ -13,7 +13,7 @@ from bit_mixup.corruption import check_fraction
 from bit_mixup.environment import Precision
 from bit_mixup.errors import ConfigError, did_you_mean
 from bit_mixup.hyperrule import HyperParameters, LamLaw, Preset, bit_hyperrule, scale_step
-from bit_mixup.laws import AskedRule, Form, Mixed, PartnerRule, SmoothingTarget, TrainingLaw
+from bit_mixup.laws import AskedRule, Form, Mixed, PartnerRule, SmoothingTarget, Trainable, TrainingLaw
 from bit_mixup.storage import plain_values
 from bit_mixup.weights import Weights
 
@@ -187,6 +187,10 @@ class TransferConfig(RunConfig):
     resize_size: int | None = None
     """Edge in pixels that training pictures are resized to."""
 
+    trainable: Trainable = "all"
+    """Train all weights, those from the last stage on, or the head alone (a linear probe): on features computed once, of whole
+    pictures, and mixed only with a mixup_alpha."""
+
     mixup_partner: PartnerRule = "all"
     """Mix with any example of the batch, one of the same class, or one of the ten nearest neighbours in pretrained features."""
     mixup_of: Mixed = "both"
@@ -220,6 +224,7 @@ class TransferConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_streaming()
+        self._check_head()
         check_fraction(self.corrupt_labels)
         if self.score_every is not None and self.score_every < 1:
             raise ConfigError(f"score_every is {self.score_every}; it must be at least 1.")
@@ -257,6 +262,25 @@ class TransferConfig(RunConfig):
                 f"by, in one process. Leave out --{asked[0].replace('_', '-')} or --streaming."
             )
 
+    def _check_head(self) -> None:
+        if self.trainable != "head":
+            return
+        # Each of these changes pictures from step to step, or needs the network in training.
+        needing_pictures = {
+            "streaming": self.streaming,
+            "mixup_partner": self.mixup_partner != "all",
+            "mixup_stage": self.mixup_stage,
+            "mixup_form": self.mixup_form != "exact",
+            "input_noise": self.input_noise,
+            "micro_batch": self.micro_batch == "auto",
+        }
+        asked = [name for name, value in needing_pictures.items() if value]
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} {getattr(self, asked[0])} does not go with trainable head, which learns from features that are "
+                f"computed once. Leave out --{asked[0].replace('_', '-')} or --trainable head."
+            )
+
     def law(self, alpha: float) -> TrainingLaw:
         """What is done to the examples, given the alpha that was asked for or that the rule says.
 
@@ -275,6 +299,7 @@ class TransferConfig(RunConfig):
             feature_dropout=self.feature_dropout,
             cool_down=self.cool_down,
             form=self.mixup_form,
+            on_features=self.trainable == "head",
         )
 
 
@@ -451,6 +476,9 @@ def resolve(config: TransferConfig, *, num_examples: int, image_area: float, wei
         size = weights.input_size
         hyper = replace(hyper, resize_size=round(size * 6 / 5), crop_size=size)
         reasons |= dict.fromkeys(("resize_size", "crop_size"), "--resolution model")
+    if config.trainable == "head":
+        hyper = replace(hyper, mixup_alpha=0.0)
+        reasons["mixup_alpha"] = "--trainable head"
     asked = {f.name: getattr(config, f.name) for f in fields(HyperParameters)}
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.get("crop_size") and not asked.get("resize_size"):

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from bit_mixup.errors import ConfigError
@@ -125,6 +126,11 @@ def read_environment(
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def feature_folder() -> Path:
+    """Where the features of linear probes are kept: bit_mixup/features in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "bit_mixup" / "features"
 
 
 def versions() -> dict[str, str]:

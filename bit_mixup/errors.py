@@ -5,6 +5,7 @@ BitMixupError
 ├── DataError        a data set, a file or a row in it
 ├── WeightsError     a model name or a file of weights
 ├── CheckpointError  the folder of a run
+├── PublishError     a model that is to be put on the hub, or the hub that is to take it
 ├── ProcessError     the processes of a run differ, or one has ended
 ├── MemoryShortError the least that can be computed at a time does not fit into memory
 └── NonFiniteError   training met a loss or weight that is not a finite number
@@ -58,6 +59,10 @@ class DataError(BitMixupError):
 
 class WeightsError(BitMixupError):
     """A model name or file of weights can not be used."""
+
+
+class PublishError(BitMixupError):
+    """A model can not be published, or the hub does not take it."""
 
 
 class CheckpointError(BitMixupError):

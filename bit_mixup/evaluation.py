@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torchmetrics.functional.classification import (
     multilabel_f1_score,
 )
 
-from bit_mixup.calibration import CalibrationReport, measure_calibration
-from bit_mixup.errors import DataError, NonFiniteError, shown
+from bit_mixup.calibration import CalibrationReport, NoiseFloor, ReliabilityBins, measure_calibration
+from bit_mixup.errors import CheckpointError, DataError, NonFiniteError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,26 @@ class EvaluationReport:
     class_f1: dict[str, float | None]
     class_support: dict[str, int]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EvaluationReport":
+        """The inverse of `as_dict`; further values, as `report.json` has them, are left out.
+
+        Raises:
+            CheckpointError: these are not the values of a report.
+        """
+        try:
+            own = {field.name: values[field.name] for field in fields(cls)}
+            calibration = dict(own["calibration"])
+            calibration["floor"] = NoiseFloor(**calibration["floor"])
+            calibration["bins"] = ReliabilityBins(**calibration["bins"])
+            low, high = own["accuracy_interval"]
+            return cls(**own | {"calibration": CalibrationReport(**calibration), "accuracy_interval": (low, high)})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"these are not the scores of a run of fine-tuning: {error!r}.") from error
+
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"accuracy_interval": list(self.accuracy_interval)}
 
     def summary(self) -> list[tuple[str, str]]:
         """Names and values of the overall scores, for people."""

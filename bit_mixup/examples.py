@@ -166,6 +166,28 @@ class PartneredStream:
         return np.concatenate([own[0], partners[0]]), np.concatenate([own[1], partners[1]])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureStream:
+    """A stream that gives features in the place of pictures: the same examples at the same positions.
+
+    Args:
+        stream: says which example stands where.
+        features: of all examples of its part, (N, F) float32.
+    """
+
+    stream: TrainingStream
+    features: npt.NDArray[np.float32]
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Where the examples at some positions are found."""
+        return self.stream.ids(positions)
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[npt.NDArray[np.float32], Labels]:
+        """Features (N, F) and labels (N,) at some positions."""
+        rows = [self.stream.row(position) for position in positions]
+        return self.features[rows], self.stream.part.labels[rows]
+
+
 def same_class_candidates(labels: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
     """For each example the others of its class, or itself where it is the only one."""
     members = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}

@@ -15,31 +15,34 @@ if TYPE_CHECKING:
 _BUSY = (408, 500, 502, 503, 504)
 
 
-def explain(error: BaseException, *, instead: str) -> str | None:
+def explain(error: BaseException, *, instead: str, writing: bool = False) -> str | None:
     """What an error of the hub's clients means, and what to do about it.
 
     Args:
         error: as raised; the first among it and its causes that says something is told.
         instead: what can be done without the hub, such as "give a local path".
+        writing: whether something was to be written there, not read.
 
     Returns:
         Sentences to put behind "the thing asked for: "; None for an error that is not about the hub.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if text := _explain(cause, instead):
+        if text := _explain(cause, instead, writing):
             return text
         cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _explain(error: BaseException, instead: str) -> str | None:
+def _explain(error: BaseException, instead: str, writing: bool) -> str | None:
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     match error:
         case errors.LocalEntryNotFoundError():
             return None  # the stand-in
+        case errors.OfflineModeIsEnabled() if writing:
+            return f"HF_HUB_OFFLINE forbids to go to the hub. Unset it, or {instead}."
         case errors.OfflineModeIsEnabled():
             return f"it is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it. Unset that once, or {instead}."
         case errors.FileMetadataError():
@@ -54,9 +57,12 @@ def _explain(error: BaseException, instead: str) -> str | None:
         case errors.RemoteEntryNotFoundError():
             return "the repository has no such file."
         case errors.HfHubHTTPError():
-            return _explain_status(error)
+            return _explain_status(error, writing)
         case httpx.RemoteProtocolError() | httpx.ReadError() | httpx.WriteError():
-            return f"the connection broke off ({error}). Start again: whole files that were fetched are kept."
+            kept = "nothing was published" if writing else "whole files that were fetched are kept"
+            return f"the connection broke off ({error}). Start again: {kept}."
+        case httpx.TransportError() if writing:
+            return f"the hub can not be reached ({error}). Check the network and HF_ENDPOINT, or {instead}."
         case httpx.TransportError():
             return (
                 f"it is not in the local cache, and the hub can not be reached ({error}). Go online once, set HF_ENDPOINT to a "
@@ -67,7 +73,7 @@ def _explain(error: BaseException, instead: str) -> str | None:
     return None
 
 
-def _explain_status(error: "HfHubHTTPError") -> str:
+def _explain_status(error: "HfHubHTTPError", writing: bool) -> str:
     status = error.response.status_code
     if status == 429:
         return (
@@ -79,7 +85,8 @@ def _explain_status(error: "HfHubHTTPError") -> str:
     if status == 401:
         return f"the hub does not accept your token ({_said(error)}). Log in anew (`hf auth login`), or mend or unset HF_TOKEN."
     if status == 403:
-        return f"the hub forbids it ({_said(error)}). Check that your account and its token may read this (`hf auth whoami`)."
+        may = "write there" if writing else "read this"
+        return f"the hub forbids it ({_said(error)}). Check that your account and its token may {may} (`hf auth whoami`)."
     return f"the hub refuses it ({_said(error)}). Check the name and the revision, and HF_ENDPOINT if it is set."
 
 

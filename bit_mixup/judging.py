@@ -16,7 +16,7 @@ from bit_mixup.diagnostics import adversarial_errors, in_between, jacobian_norms
 from bit_mixup.evaluation import EvaluationReport, evaluate
 from bit_mixup.examples import EvaluationView
 from bit_mixup.expansion import DataMeans, decompose_loss
-from bit_mixup.models import Normalize, build_bit, forward
+from bit_mixup.models import Network, Normalize, build_bit, forward
 from bit_mixup.planning import Plan
 from bit_mixup.prediction import predict_logits
 from bit_mixup.sampling import Purpose, generator
@@ -154,16 +154,16 @@ def _logits(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     view = EvaluationView(part=part, view=plan.view)
-    return predict_logits(model, view, accelerator, batch_size=plan.largest_micro_batch, num_workers=workers, change=change)
+    return predict_logits(model, view, accelerator, batch_size=plan.pictures_at_a_time, num_workers=workers, change=change)
 
 
-def watch_scores(plan: Plan, accelerator: Accelerator, workers: int) -> Callable[[int, ResNetV2], None] | None:
-    """What scores the test split on the way into `scores.jsonl`, where that was asked for."""
+def watch_scores(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int) -> Callable[[int, Network], None] | None:
+    """What scores a model, all or the head of which trains, on the test split into `scores.jsonl`, where that was asked for."""
     if plan.config.score_every is None:
         return None
     first = True
 
-    def watch(done: int, model: ResNetV2) -> None:
+    def watch(done: int, _: Network) -> None:
         nonlocal first
         if first and accelerator.is_main_process:
             plan.run.trim_scores(done)
@@ -200,7 +200,7 @@ def _diagnose(plan: Plan, model: ResNetV2) -> dict[str, Any]:
     alpha = plan.law.alpha or 1.0
     label = torch.bincount(train_labels, minlength=plan.data.num_classes) / len(train_labels)
     means = DataMeans(image=train_images.mean(0), label=label).to(train_images)
-    batch_size = plan.largest_micro_batch
+    batch_size = plan.pictures_at_a_time
     model.eval()
     source = build_bit(plan.attacker, keep_head=True).to(device).eval() if plan.attacker else None
 

@@ -18,6 +18,7 @@ Mixed = Literal["both", "inputs", "labels"]
 PartnerRule = Literal["all", "same_class", "neighbours"]
 SmoothingTarget = Literal["uniform", "frequencies"]
 Form = Literal["exact", "modified", "approximate"]
+Trainable = Literal["all", "stage4", "head"]  # which weights
 Rule = Literal["raw", "eq15", "temperature", "unshrink", "fitted"]  # of prediction
 AskedRule = Literal["raw", "eq15", "temperature", "unshrink", "fitted", "auto"]
 
@@ -66,6 +67,7 @@ class TrainingLaw:
         cool_down: last share of the steps that does not mix, in [0, 1].
         form: "exact" mixes. "modified" trains on what mixup amounts to without its noise: inputs and labels shrunk toward their
             means. "approximate" adds the quadratic term of its noise (Carratino et al., 2022, Theorem 2). Both are experimental.
+        on_features: examples are pooled features that were computed before; they are what is mixed, and pictures are not shrunk.
 
     Raises:
         ConfigError: a value out of its range, or two that contradict each other.
@@ -82,6 +84,7 @@ class TrainingLaw:
     feature_dropout: float = 0.0
     cool_down: float = 0.0
     form: Form = "exact"
+    on_features: bool = False
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -174,7 +177,8 @@ class TrainingLaw:
     @property
     def input_shrink(self) -> float:
         """By how much training pictures were shrunk toward the mean picture: theta_bar, or 1 where that is not what happened."""
-        return self.theta_bar if self.stage == 0 and self.partner == "all" and self.mixed != "labels" else 1.0
+        of_pictures = self.stage == 0 and not self.on_features and self.mixed != "labels"
+        return self.theta_bar if of_pictures and self.partner == "all" else 1.0
 
     @property
     def mixing_shrink(self) -> float:
@@ -196,7 +200,7 @@ class TrainingLaw:
         if self.alpha:
             names = {"exact": "mixup", "modified": "ERM on the modified data of mixup", "approximate": "approximate mixup"}
             parts.append(
-                f"{names[self.form]}, alpha {self.alpha:g}"
+                f"{names[self.form]}{' on features' if self.on_features else ''}, alpha {self.alpha:g}"
                 + (f", one weight for each {self.lam}" if self.form == "exact" else "")
             )
             if self.partner != "all":

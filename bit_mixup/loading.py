@@ -15,8 +15,8 @@ from bit_mixup.interruption import ignore_signals
 class BatchSource(Protocol):
     """A map-style data set that is asked for a whole batch at a time."""
 
-    def __getitems__(self, indices: Sequence[int], /) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | Exception:
-        """Images (N, 3, H, W) and labels (N,); or the error to raise."""
+    def __getitems__(self, indices: Sequence[int], /) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | Exception:
+        """Images (N, 3, H, W), or features (N, F) in their place, and labels (N,); or the error to raise."""
         ...
 
 
@@ -35,7 +35,7 @@ def _as_tensors(batch: Any) -> Any:
 def load_batches(
     source: BatchSource, batches: Iterable[list[int]], *, num_workers: int, device: torch.device
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """Images (N, 3, H, W) uint8 and labels (N,) int64 on the device, a pair for each list of indices.
+    """Images (N, 3, H, W) uint8, or features (N, F), and labels (N,) int64 on the device, a pair for each list of indices.
 
     Any number of worker processes gives the same pairs in the same order. To be closed (`contextlib.closing`), or an error's
     traceback would keep worker processes alive.

@@ -8,20 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
 from bit_mixup.expansion import DataMeans, quadratic_term, shrink
 from bit_mixup.laws import TrainingLaw
 from bit_mixup.mixup import Place, choose_partners, draw_mixing
-from bit_mixup.models import Change, Normalize, forward
+from bit_mixup.models import Change, LinearProbe, Network, Normalize, forward
 from bit_mixup.objectives import Objective
 from bit_mixup.sampling import Purpose, generator
 from bit_mixup.theory import mixing_moments
 
 
 def training_loss(
-    model: ResNetV2,
+    model: Network,
     images: Tensor,
     targets: Tensor,
     *,
@@ -38,7 +37,8 @@ def training_loss(
 
     Args:
         model: that is trained.
-        images: (N, 3, H, W), normalised; (2 N, 3, H, W) with the partners behind, where the law loads them.
+        images: (N, 3, H, W), normalised; (2 N, 3, H, W) with the partners behind, where the law loads them. Features (N, F) where
+            the model is a `LinearProbe`.
         targets: (N, K) or (2 N, K) likewise, of the objective.
         law: what is done to them.
         mixes: whether this step mixes (`TrainingLaw.mixes_at`).
@@ -71,7 +71,7 @@ def training_loss(
 
 
 def _approximate_loss(
-    model: ResNetV2,
+    model: Network,
     images: Tensor,
     targets: Tensor,
     law: TrainingLaw,
@@ -105,12 +105,13 @@ def _smooth(targets: Tensor, law: TrainingLaw, means: DataMeans | None) -> Tenso
     return shrink(targets, toward, 1 - law.label_smoothing)
 
 
-def _add_noise(images: Tensor, law: TrainingLaw, place: Place, model: ResNetV2) -> Tensor:
+def _add_noise(images: Tensor, law: TrainingLaw, place: Place, model: Network) -> Tensor:
     """Normalised images (N, 3, H, W) with Gaussian noise of the law's size on the scale from black to white."""
     if not law.input_noise:
         return images
     positions = range(place.start, place.start + place.count)
     draws = [torch.from_numpy(generator(place.seed, Purpose.NOISE, p).standard_normal(images.shape[1:])) for p in positions]
+    assert not isinstance(model, LinearProbe), "a law on features has no noise on pictures"
     _, std = Normalize.of(model).constants(images)
     return images + torch.stack(draws).to(images) * (law.input_noise / std)
 

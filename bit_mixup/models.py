@@ -3,11 +3,12 @@
 timm builds the networks; this file fills them, strictly: nothing is left at random and no head is kept or lost unasked.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -22,7 +23,9 @@ from torch import Tensor
 from bit_mixup.environment import versions
 from bit_mixup.errors import WeightsError
 from bit_mixup.images import View
-from bit_mixup.weights import Weights, fetch, find_weights, read_npz
+from bit_mixup.laws import Trainable
+from bit_mixup.storage import read_json, write_json
+from bit_mixup.weights import CONFIG_FILE, Weights, fetch, find_weights, read_npz
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +163,34 @@ def set_std_eps(model: torch.nn.Module, std_eps: float) -> None:
             module.eps = std_eps
 
 
+@torch.no_grad()
+def fold_weight_standardisation(model: ResNetV2) -> ResNetV2:
+    """A copy whose convolutions hold their standardised filters, in evaluation mode: for prediction alone, and as exact.
+
+    Weight standardisation is a function of the filters only, so what it gives can be kept once training is over. The copy has
+    plain convolutions and the same tensors by the same names; trained any further, it would be another network.
+
+    Args:
+        model: left as it is.
+    """
+    folded = copy.deepcopy(model).eval()
+    for name, module in list(folded.named_modules()):
+        if not isinstance(module, StdConv2d):
+            continue
+        weight, old = module.weight, cast(Any, module)
+        rows = F.batch_norm(weight.reshape(1, len(weight), -1), None, None, training=True, momentum=0.0, eps=module.eps)
+        plain = torch.nn.Conv2d(
+            old.in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, dilation=old.dilation,
+            groups=old.groups, bias=old.bias is not None, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        plain.weight.copy_(rows.reshape_as(weight))
+        if module.bias is not None:
+            assert plain.bias is not None
+            plain.bias.copy_(module.bias)
+        folded.set_submodule(name, plain.eval())
+    return folded
+
+
 @dataclass(frozen=True, kw_only=True)
 class StdEpsEffect:
     """What the choice of `std_eps` does to a model.
@@ -197,11 +228,49 @@ def std_eps_effect(model: ResNetV2) -> StdEpsEffect:
     return StdEpsEffect(smallest_variance=variance, relative_change=float(change), of="logits" if has_head else "features")
 
 
+class LinearProbe(torch.nn.Module):
+    """The head of a BiT as a network of its own, which is shown pooled features (N, F) in the place of pictures.
+
+    It shares its weights with the model, under the same names: what trains the one trains the other.
+
+    Args:
+        model: whose head it is.
+    """
+
+    def __init__(self, model: ResNetV2) -> None:
+        super().__init__()
+        self.head, self.num_classes = model.head, int(model.num_classes)
+
+    def get_classifier(self) -> torch.nn.Module:
+        """The layer from features to logits, as timm's models give it."""
+        layer: torch.nn.Module = self.head.fc
+        return layer
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Does nothing: between features and logits there are no activations to save."""
+
+
+Network = ResNetV2 | LinearProbe
+
+
+def freeze(model: ResNetV2, trainable: Trainable) -> None:
+    """Lets a backward pass reach all weights of a model, or the last stage, the normalisation behind it and the head ("stage4"),
+    or the head alone."""
+    trained: dict[Trainable, list[torch.nn.Module]] = {
+        "all": [model],
+        "stage4": [model.stages[-1], model.norm, model.head],
+        "head": [model.head],
+    }
+    model.requires_grad_(False)
+    for part in trained[trainable]:
+        part.requires_grad_(True)
+
+
 Change = Callable[[Tensor], Tensor]
 
 
 def forward(
-    model: ResNetV2, images: Tensor, *, stage: int = 0, change_stage: Change | None = None, change_features: Change | None = None
+    model: Network, images: Tensor, *, stage: int = 0, change_stage: Change | None = None, change_features: Change | None = None
 ) -> Tensor:
     """Logits (N, K) of normalised images (N, 3, H, W), as `model(images)`.
 
@@ -210,22 +279,30 @@ def forward(
 
     Args:
         model: whose logits are asked for.
-        images: normalised.
+        images: normalised; of a `LinearProbe` features (N, F).
         stage: after which of the four stages, from 1, `change_stage` is applied to the feature maps (N, C, H', W').
         change_stage: in place of nothing.
         change_features: applied to the pooled features (N, F) before the head.
     """
-    if change_stage is None:
-        maps = model.forward_features(images)
+    if isinstance(model, LinearProbe):
+        features = images
     else:
-        maps = model.stem(images)
-        for number, block in enumerate(model.stages, start=1):
-            maps = block(maps)
-            maps = change_stage(maps) if number == stage else maps
-        maps = model.norm(maps)
-    features = model.forward_head(maps, pre_logits=True)
+        features = model.forward_head(_feature_maps(model, images, stage, change_stage), pre_logits=True)
     head: Any = model.get_classifier()
     return F.linear(change_features(features) if change_features else features, head.weight.flatten(1), head.bias)
+
+
+def _feature_maps(model: ResNetV2, images: Tensor, stage: int, change_stage: Change | None) -> Tensor:
+    """The maps (N, F, H', W') behind the last normalisation."""
+    if change_stage is None:
+        maps: Tensor = model.forward_features(images)
+        return maps
+    maps = model.stem(images)
+    for number, block in enumerate(model.stages, start=1):
+        maps = block(maps)
+        maps = change_stage(maps) if number == stage else maps
+    maps = model.norm(maps)
+    return maps
 
 
 @dataclass(frozen=True)
@@ -258,6 +335,13 @@ class Normalize:
         return mean, std
 
 
+def as_input(model: Network, batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a network takes: of pictures (N, 3, H, W) uint8 normalised ones, channels last; features (N, F) as they are."""
+    if isinstance(model, LinearProbe):
+        return batch.to(dtype)
+    return Normalize.of(model)(batch, dtype).contiguous(memory_format=torch.channels_last)
+
+
 def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], view: View, std_eps: float) -> None:
     """Writes a model in timm's hub layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
@@ -284,3 +368,6 @@ def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], vie
         "versions": versions(),  # of the libraries that it was trained with
     }
     save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
+    config = read_json(folder / CONFIG_FILE)
+    config["model_args"].pop("num_classes", None)  # it stands above, and transformers would pass it twice
+    write_json(folder / CONFIG_FILE, config)

@@ -11,7 +11,7 @@ from bit_mixup.config import Resolution, TransferConfig, resolve
 from bit_mixup.corruption import CorruptedLabels, corrupt_labels
 from bit_mixup.data import ImageDataset, load_image_dataset
 from bit_mixup.doctor import Finding, column_findings, examine
-from bit_mixup.environment import Environment, read_environment
+from bit_mixup.environment import Environment, feature_folder, read_environment
 from bit_mixup.errors import ConfigError, shown
 from bit_mixup.hyperrule import MEDIUM, RULE_MIXUP_ALPHA, SMALL, SMALL_IMAGE_AREA, rate_table, size_class
 from bit_mixup.images import View
@@ -85,15 +85,40 @@ class Plan:
         """Examples of the largest backward pass of any process."""
         return max(cut.size for cuts in self.cuts for cut in cuts)
 
+    @property
+    def pictures_at_a_time(self) -> int:
+        """Of the largest pass through the network. A probe's backward passes are of features, which are small."""
+        if not self.probes or isinstance(self.config.micro_batch, int):
+            return self.largest_micro_batch
+        return min(self.resolution.hyper.batch_size, _fitting(self.weights, self.resolution, self.law))
+
+    @property
+    def probes(self) -> bool:
+        """Whether the head alone is trained, on features."""
+        return self.config.trainable == "head"
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+        shape, classes = self.weights.shape, self.data.num_classes
+        if self.config.trainable == "all":
+            return shape.parameter_count(classes)
+        return shape.last_stage_count(classes) if self.config.trainable == "stage4" else shape.head_count(classes)
+
     def memory_bytes(self, examples: int | None = None) -> int:
         """Estimate in bytes for each process, for backward passes of some examples (None: as they are planned)."""
-        return self.weights.shape.training_bytes(
-            self.resolution.hyper.crop_size,
-            examples=examples or self.largest_micro_batch,
-            num_classes=self.data.num_classes,
+        shape, size = self.weights.shape, self.resolution.hyper.crop_size
+        examples, classes = examples or self.pictures_at_a_time, self.data.num_classes
+        if self.probes:
+            return shape.probing_bytes(size, examples=examples, num_classes=classes, num_train=self.num_train)
+        return shape.training_bytes(
+            size,
+            examples=examples,
+            num_classes=classes,
             half=self.environment.precision != "fp32",
             num_processes=self.environment.num_processes,
             activations=self.law.memory_factor,
+            trained=self.trained_parameters,
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -101,6 +126,7 @@ class Plan:
         return {
             "hyper": plain_values(asdict(self.resolution.hyper)),
             "reasons": self.resolution.reasons,
+            "trainable": self.config.trainable,
             "law": self.law.as_json(),
             "corrupt_labels": self.config.corrupt_labels,
             "flip": self.config.flip,
@@ -115,6 +141,7 @@ class Plan:
                 "train_examples": self.num_train,
                 "streamed": self.streamed is not None,
                 "test_examples": len(self.data.test),
+                "test_split": self.data.test.name,
                 "validation_examples": len(self.data.validation) if self.data.validation else 0,
                 "class_names": list(self.data.class_names),
             },
@@ -127,6 +154,7 @@ class Plan:
             ("data", self._data_lines()),
             ("doctor", self._doctor_lines()),
             ("weights", self._weight_lines()),
+            ("trains", self._trained_lines()),
             ("rule", self._rule_lines()),
             ("mixup", self._mixup_lines()),
             ("batch", self._batch_lines()),
@@ -186,6 +214,24 @@ class Plan:
             source = f"{weights.file}" if weights.file else f"from the hub ({weights.name})"
         return [line, source]
 
+    def _trained_lines(self) -> list[str]:
+        what = {
+            "all": "all weights",
+            "stage4": "the last stage, the normalisation behind it and the head",
+            "head": "the head alone",
+        }
+        total = self.weights.shape.parameter_count(self.data.num_classes)
+        line = f"{what[self.config.trainable]}: {self.trained_parameters:,} of {total:,} parameters"
+        if self.config.trainable == "all":
+            return [line]
+        lines = [f"{line} [--trainable {self.config.trainable}]; the others stay as they are, bit for bit"]
+        if self.probes:
+            size = size_text(4 * self.num_train * self.weights.shape.num_features)
+            lines.append(
+                f"on features of whole pictures, computed once: crops and flips are off; {size}, kept in {feature_folder()}/"
+            )
+        return lines
+
     def _rule_lines(self) -> list[str]:
         hyper, config = self.resolution.hyper, self.config
         size = size_class(self.num_train)
@@ -196,6 +242,10 @@ class Plan:
         ]
         small = self.sizes.median_area < SMALL_IMAGE_AREA
         flip = "mirrored half of the time" if config.flip else "never mirrored [--no-flip; the rule: half of the time]"
+        crops = f"cropped to {hyper.crop_size}x{hyper.crop_size}{self._mark('crop_size')}, {flip}"
+        shown_at = f"{hyper.resize_size}x{hyper.resize_size}{self._mark('resize_size')}, {crops}"
+        if self.probes:
+            shown_at = f"{hyper.crop_size}x{hyper.crop_size}{self._mark('crop_size')} whole, as in evaluation"
         return [
             f'preset "{config.preset}", data set "{size}" ({limits[size]} training examples), '
             f"pictures {'below 96x96' if small else 'of 96x96 or more'}",
@@ -207,14 +257,16 @@ class Plan:
                 for name, what in (("base_lr", "base rate"), ("warmup_steps", "warm-up steps"), ("decay_steps", "decays after"))
                 if name in self.resolution.reasons
             ),
-            f"pictures resized to {hyper.resize_size}x{hyper.resize_size}{self._mark('resize_size')}, cropped to "
-            f"{hyper.crop_size}x{hyper.crop_size}{self._mark('crop_size')}, {flip}; {self.weights.interpolation}",
+            f"pictures resized to {shown_at}; {self.weights.interpolation}",
         ]
 
     def _mixup_lines(self) -> list[str]:
         alpha, law = self.resolution.hyper.mixup_alpha, self.law
         mark = self._mark("mixup_alpha")
         if not alpha:
+            if self.probes:
+                hint = f"features are mixed only when asked. Turn it on with --mixup-alpha {RULE_MIXUP_ALPHA}"
+                return [f"off{mark}: {hint}", *([law.as_text()] if law.label_smoothing or law.feature_dropout else [])]
             hint = f"the rule mixes from {SMALL:,} training examples on. Turn it on with --mixup-alpha {RULE_MIXUP_ALPHA}"
             off = f"off{mark}" if mark else f"off: {hint}"
             return [off, *([law.as_text()] if law != TrainingLaw() else []), *law.warnings()]
@@ -224,16 +276,19 @@ class Plan:
     def _theory_lines(self, law: TrainingLaw) -> list[str]:
         """What follows from the law before anything is trained."""
         theta_bar, label_share = law.theta_bar, 1 - law.mixing_shrink
-        what = "a label" if law.mixed == "labels" else f"a picture after stage {law.stage}" if law.stage else "a picture"
-        lines = [f"{what} keeps {theta_bar:.1%} of itself on average (theta_bar {theta_bar:.4f}), its partner gives the rest"]
+        after = "'s pooled features" if law.on_features else f" after stage {law.stage}" if law.stage else ""
+        what = "a label" if law.mixed == "labels" else f"a picture{after}"
+        keeps, itself = ("keep", "themselves") if law.on_features and law.mixed != "labels" else ("keeps", "itself")
+        lines = [f"{what} {keeps} {theta_bar:.1%} of {itself} on average (theta_bar {theta_bar:.4f}), its partner gives the rest"]
         if label_share:
             lines.append(f"to the labels that is a smoothing by {label_share:.4f} toward the class frequencies")
         plain = law.mixed == "both" and not law.label_smoothing and law.form == "exact"
         if label_share and plain and self.num_train > 1 and not self.streamed:
             counts = np.bincount(self.data.train.labels, minlength=self.data.num_classes).tolist()
+            mixed = "features" if law.on_features else "pictures"
             accuracy, floor = best_train_accuracy(law.alpha, counts), loss_floor(law.alpha, counts)
             lines.append(
-                f"on mixed pictures accuracy can reach {accuracy:.1%} and the loss {floor:.4f} at best; excess_loss in "
+                f"on mixed {mixed} accuracy can reach {accuracy:.1%} and the loss {floor:.4f} at best; excess_loss in "
                 "metrics.jsonl is the loss less that of its own labels"
             )
         rule = self.config.prediction_rule
@@ -252,10 +307,10 @@ class Plan:
         ]
 
     def _machine_lines(self) -> list[str]:
-        env = self.environment
+        env, about = self.environment, "at most about" if self.config.trainable == "stage4" else "about"
         return [
             f"{env.precision} ({env.precision_from}), {env.threads} thread(s) on the CPU, "
-            f"about {size_text(self.memory_bytes())} of memory for each process beside the libraries",
+            f"{about} {size_text(self.memory_bytes())} of memory for each process beside the libraries",
             *env.notes,
         ]
 
@@ -306,7 +361,9 @@ def make_plan(config: TransferConfig, *, source: Any = None, num_processes: int 
             leave_out=quarantine.leave_out if config.corrupt_images == "quarantine" else None,
         )
     if to_be_run:
-        run.check_space(weights.shape.parameter_count(data.num_classes), keep_checkpoints=config.keep_checkpoints)
+        head = weights.shape.head_count(data.num_classes) if config.trainable == "head" else None
+        total = weights.shape.parameter_count(data.num_classes)
+        run.check_space(total, keep_checkpoints=config.keep_checkpoints, in_checkpoint=head)
     corruption = None
     if config.corrupt_labels:
         corruption = corrupt_labels(data.train.labels, config.corrupt_labels, num_classes=data.num_classes, seed=config.seed)
@@ -380,6 +437,13 @@ def _cut(config: TransferConfig, resolution: Resolution, weights: Weights, num_p
     hyper = resolution.hyper
     law = config.law(hyper.mixup_alpha)
     micro_batch = config.micro_batch
-    if not isinstance(micro_batch, int):  # auto begins here, too: it is settled where there is a device to try
-        micro_batch = fitting_micro_batch(law.memory_factor * weights.shape.activation_bytes(hyper.crop_size), mixed=law.groups)
+    if not isinstance(micro_batch, int) and config.trainable != "head":  # auto, too: it is settled where there is a device to try
+        micro_batch = _fitting(weights, resolution, law)
+    assert micro_batch != "auto", "the configuration refuses it for a linear probe"
     return cut_batch(hyper.batch_size, num_processes=num_processes, micro_batch=micro_batch, group_size=law.group_size)
+
+
+def _fitting(weights: Weights, resolution: Resolution, law: TrainingLaw) -> int:
+    """Most pictures of a backward pass."""
+    activations = law.memory_factor * weights.shape.activation_bytes(resolution.hyper.crop_size)
+    return fitting_micro_batch(activations, mixed=law.groups)

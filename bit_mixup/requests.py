@@ -106,3 +106,39 @@ class CompareConfig(Request):
     """Of the bootstrap."""
     seed: int = 0
     """Of the bootstrap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Request):
+    """Publishes the model of a run on the hub, with a model card, in the layout that timm and transformers read."""
+
+    run: Positional[Path]
+    """The folder of a finished run."""
+    repository: Positional[str]
+    """Where to: user/name."""
+    dry_run: Path | None = None
+    """Write what would be published into this folder instead; nothing is sent."""
+    private: bool = False
+    """Make a new repository private."""
+    license: str | None = None
+    """Of the model, as the hub spells it, such as cc-by-4.0. None: that of the weights it is from, where they state one."""
+    message: str | None = None
+    """Of the commit. None: what was trained on what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Request):
+    """Writes a model as one file for other programs: ONNX, or torch.export's archive."""
+
+    model: Positional[str]
+    """A run's folder, its model/, a hub user/name, or any other model with a head."""
+    output: Positional[Path]
+    """File to write: .onnx or .pt2. What a program must know of it is written beside it as .json, and into it."""
+    rule: Literal["none", "raw", "stored"] = "none"
+    """none: logits come out. raw: probabilities. stored: probabilities by the prediction rule beside the model."""
+    pixels: bool = False
+    """Take bytes (0 to 255) and normalise them inside the network."""
+    overwrite: bool = False
+    """Write over a file that is there."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""

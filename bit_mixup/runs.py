@@ -155,18 +155,19 @@ class RunFolder:
                 "--output-dir."
             )
 
-    def check_space(self, parameters: int, *, keep_checkpoints: int) -> None:
+    def check_space(self, parameters: int, *, keep_checkpoints: int, in_checkpoint: int | None = None) -> None:
         """Sees whether the disk has room for what the run will write: checkpoints (one more than stay) and the model.
 
         Args:
-            parameters: of the model, 4 bytes each; a checkpoint holds them and their momentum.
+            parameters: of the model, 4 bytes each.
             keep_checkpoints: how many stay.
+            in_checkpoint: parameters that a checkpoint holds with their momentum. None: all.
 
         Raises:
             CheckpointError: it has not.
         """
         there = max(0, keep_checkpoints + 1 - len(self.list_checkpoints()))
-        needed = 4 * parameters * (2 * there + 1)
+        needed = 4 * (parameters + 2 * there * (parameters if in_checkpoint is None else in_checkpoint))
         disk = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
         total, _, free = shutil.disk_usage(disk)
         if needed > free and total > 0:  # some kinds of file system do not tell their size

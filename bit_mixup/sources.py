@@ -46,13 +46,7 @@ class Source:
     revision: str | None = None
 
 
-def open_source(
-    source: str | Dataset | DatasetDict,
-    *,
-    config: str | None = None,
-    revision: str | None = None,
-    files: dict[str, str] | None = None,
-) -> Source:
+def open_source(source: str | Dataset | DatasetDict, *, config: str | None = None, revision: str | None = None) -> Source:
     """Opens a data set of any kind.
 
     Args:
@@ -61,15 +55,13 @@ def open_source(
             folder of them; a folder written by `save_to_disk`; or the id of a data set on the hub.
         config: of a hub data set that has several.
         revision: branch, tag or commit of a hub data set.
-        files: for each split of a hub data set a pattern of its files, where others beside them would mislead the library about
-            their kind. None: as the library finds them.
 
     Raises:
         DataError: there is no such thing, or it can not be read.
     """
     opened = _open_memory(source) if isinstance(source, Dataset | DatasetDict) else _open_local(source)
     if opened is None:
-        opened = _from_hub(str(source), config=config, revision=revision, files=files)
+        opened = _from_hub(str(source), config=config, revision=revision)
         config = revision = None
     where = source if isinstance(source, str) else "the data set in memory"
     for flag, value in (("dataset_config", config), ("dataset_revision", revision)):
@@ -140,7 +132,7 @@ def open_stream(source: str, *, config: str | None = None, revision: str | None 
     """
     files = _parquet_files(source)
     if files is None:
-        builder = _hub_builder(source, config, revision, None)
+        builder = _hub_builder(source, config, revision)
         if isinstance(builder, Cache):
             raise DataError(f'data set "{source}": streaming reads from the hub, which can not be reached. Go online.')
     elif (config, revision) != (None, None):
@@ -212,6 +204,8 @@ def _from_file(path: Path) -> Source:
 
 
 def _from_folder(path: Path) -> Source:
+    if any(file.suffix.lower() in DATA_FILES and re.match(r"train([^a-z]|$)", file.stem.lower()) for file in path.iterdir()):
+        return _read_files(*_find_data_files(path))  # folders beside a table hold its pictures, and are no classes
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     split_folders = {entry.name.lower(): entry for entry in folders if entry.name.lower() in _SPLIT_FOLDERS}
     if "train" in split_folders and any(entry.is_dir() for entry in split_folders["train"].iterdir()):
@@ -402,17 +396,17 @@ def _quietly(read: Callable[[], Any]) -> Any:
             datasets.enable_progress_bars()
 
 
-def _hub_builder(name: str, config: str | None, revision: str | None, files: dict[str, str] | None) -> datasets.DatasetBuilder:
+def _hub_builder(name: str, config: str | None, revision: str | None) -> datasets.DatasetBuilder:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise DataError(f'data set "{name}": there is no such file or folder, and a hub id looks like user/name.')
     try:
-        return datasets.load_dataset_builder(name, config, revision=revision, data_files=files)
+        return datasets.load_dataset_builder(name, config, revision=revision)
     except Exception as error:  # the libraries raise many kinds
         raise DataError(f'data set "{name}": {_explain(error, name)}') from error
 
 
-def _from_hub(name: str, *, config: str | None, revision: str | None, files: dict[str, str] | None) -> Source:
-    builder = _hub_builder(name, config, revision, files)
+def _from_hub(name: str, *, config: str | None, revision: str | None) -> Source:
+    builder = _hub_builder(name, config, revision)
     try:
         _fetch(builder)
         builder.download_and_prepare()

@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
@@ -32,16 +31,18 @@ from bit_mixup.memory import (
     smaller_cuts,
 )
 from bit_mixup.mixup import Place
-from bit_mixup.models import Normalize
+from bit_mixup.models import Network, as_input
 from bit_mixup.objectives import Objective, SoftmaxCrossEntropy
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import MicroBatch, PositionBatches, cut_batch
 from bit_mixup.storage import write_json
 from bit_mixup.voting import Council
 
+Trained = TypeVar("Trained", bound=Network)
+
 
 def train(
-    model: ResNetV2,
+    model: Trained,
     stream: Stream,
     hyper: HyperParameters,
     accelerator: Accelerator,
@@ -51,22 +52,23 @@ def train(
     run: RunFolder,
     objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
     means: DataMeans | None = None,
-    watch: Callable[[int, ResNetV2], None] | None = None,
+    watch: Callable[[int, Trained], None] | None = None,
     watch_every: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     log_every: int = 10,
     save_every: int = 100,
     keep_checkpoints: int = 2,
-) -> ResNetV2:
-    """Trains all weights of a model by SGD, from the newest checkpoint of the run if there is one.
+) -> Trained:
+    """Trains the weights of a model that are not frozen by SGD, from the newest checkpoint of the run if there is one.
 
-    Fine-tuning, pre-training and distillation are this loop with other data, rates and objectives.
+    Fine-tuning, of all weights, some or the head alone, pre-training and distillation are this loop with other data, rates and
+    objectives.
 
     The gradient of a step is the mean over the examples of the global batch, whatever the cut into processes and micro-batches.
 
     Args:
-        model: with the head that is to be trained.
+        model: with the head that is to be trained; frozen weights (`bit_mixup.models.freeze`) get neither steps nor decay.
         stream: gives the example at each position of the run.
         hyper: rates, batch and length of the run.
         accelerator: of this process; its own gradient accumulation must be 1.
@@ -95,7 +97,8 @@ def train(
         Interrupted: a signal asked for it; a checkpoint of the last step holds all.
     """
     model.to(accelerator.device).to(memory_format=torch.channels_last)  # the bundled model's step takes a fifth less CPU time so
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
     done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
     work = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, num_workers)
     wrapped = accelerator.prepare_optimizer(optimizer)
@@ -132,11 +135,12 @@ def train(
                 accelerator.wait_for_everyone()
                 raise Interrupted(stopping, f"stopped after step {done}; {run.checkpoint(done)} holds it. Go on with --resume.")
     accelerator.wait_for_everyone()
-    return model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)
+    return model
 
 
 def fit_micro_batch(
-    model: ResNetV2,
+    model: Network,
     stream: Stream,
     hyper: HyperParameters,
     accelerator: Accelerator,
@@ -195,7 +199,7 @@ class StepWork:
         stream: as in `train`, and so on.
     """
 
-    model: ResNetV2
+    model: Network
     stream: Stream
     hyper: HyperParameters
     accelerator: Accelerator
@@ -206,7 +210,7 @@ class StepWork:
     num_workers: int
 
     def __post_init__(self) -> None:
-        self.normalize, self.dtype = Normalize.of(self.model), next(self.model.parameters()).dtype
+        self.dtype = next(self.model.parameters()).dtype
         self.checkpointing = False
         self.batches = self._batches([])
 
@@ -244,7 +248,7 @@ class StepWork:
         floor_sum = torch.zeros_like(loss_sum)
         for cut in cuts:
             images, labels = next(self.batches)
-            images = self.normalize(images, self.dtype).contiguous(memory_format=torch.channels_last)
+            images = as_input(self.model, images, self.dtype)
             targets = self.objective.targets(labels, num_classes=int(self.model.num_classes), dtype=self.dtype)
             place = Place(seed=self.seed, step=step, start=cut.positions(step, self.hyper.batch_size).start, groups=cut.groups)
             with self.accelerator.autocast():
@@ -287,7 +291,7 @@ class StepWork:
         )
 
 
-def _sum_gradients(model: ResNetV2, accelerator: Accelerator) -> None:
+def _sum_gradients(model: Network, accelerator: Accelerator) -> None:
     """Adds up the gradients of all processes, once a step.
 
     DistributedDataParallel would hide this behind the backward pass, but it puts gradients into another order after its first

@@ -164,7 +164,7 @@ def predict_by_rule(rule: Rule, logits: Tensor, shrunk: Tensor, record: MixupRec
     if rule == "eq15":
         return (shrunk - (1 - share) * centre) / share
     probs = centre + (shrunk.softmax(1) - centre) / share
-    probs = probs.clamp(min=LEAST_PROBABILITY, max=1)
+    probs = probs.clamp(min=LEAST_PROBABILITY, max=1.0)  # the ONNX exporter takes no mixed types
     return (probs / probs.sum(1, keepdim=True)).log()
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,7 @@ def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
     repository = f"timm/{weights.name}" if published else weights.name
     config = None if published else _download(repository, CONFIG_FILE, revision)
     file = _download(repository, WEIGHTS_FILE, revision)
+    assert file is not None
     commit = file.parent.name
     if published:
         return replace(weights, file=file, revision=commit)
@@ -171,7 +172,23 @@ def fetch(weights: Weights, *, revision: str | None = None) -> Weights:
     return replace(found, file=file, revision=commit)
 
 
-def _download(repository: str, filename: str, revision: str | None) -> Path:
+def fetch_companions(weights: Weights, names: Sequence[str]) -> None:
+    """Downloads further files of a model on the hub to where its weights are; those that it does not have are left out.
+
+    Args:
+        weights: as fetched; nothing is done for a file of this machine and for weights that timm publishes.
+        names: of the files.
+
+    Raises:
+        WeightsError: as `fetch`.
+    """
+    if weights.revision is None or weights.name in PUBLISHED:
+        return
+    for name in names:
+        _download(weights.name, name, weights.revision, needed=False)
+
+
+def _download(repository: str, filename: str, revision: str | None, *, needed: bool = True) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -179,6 +196,8 @@ def _download(repository: str, filename: str, revision: str | None) -> Path:
     try:
         file = Path(hf_hub_download(repository, filename, revision=revision))
     except RemoteEntryNotFoundError as error:
+        if not needed:
+            return None
         raise WeightsError(
             f"{where}: the repository has no such file. Only safetensors in timm's hub layout are read, never pickles."
         ) from error

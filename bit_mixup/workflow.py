@@ -1,5 +1,6 @@
 """The whole story: data, rule, model, training, scores, files."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
 from bit_mixup.config import TransferConfig, configure
-from bit_mixup.environment import read_environment
+from bit_mixup.environment import feature_folder, read_environment
+from bit_mixup.errors import shown
 from bit_mixup.evaluation import EvaluationReport, in_markdown
-from bit_mixup.examples import EvaluationView, PartneredStream, TrainingStream, mean_image, same_class_candidates
+from bit_mixup.examples import EvaluationView, FeatureStream, PartneredStream, TrainingStream, mean_image, same_class_candidates
 from bit_mixup.expansion import DataMeans
+from bit_mixup.features import kept_features
 from bit_mixup.interruption import Interruption
 from bit_mixup.judging import Judgement, judge, watch_scores
 from bit_mixup.launching import (
@@ -36,7 +39,17 @@ from bit_mixup.launching import (
 from bit_mixup.laws import NEIGHBOURS
 from bit_mixup.loading import Stream
 from bit_mixup.memory import memory_explained
-from bit_mixup.models import REFERENCE_STD_EPS, TIMM_STD_EPS, Normalize, build_bit, save_model, std_eps_effect
+from bit_mixup.models import (
+    REFERENCE_STD_EPS,
+    TIMM_STD_EPS,
+    LinearProbe,
+    Network,
+    Normalize,
+    build_bit,
+    freeze,
+    save_model,
+    std_eps_effect,
+)
 from bit_mixup.outcomes import Outcomes
 from bit_mixup.planning import Plan, make_plan
 from bit_mixup.plots import reliability_diagram, save_figure
@@ -118,8 +131,9 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
     std_eps = config.std_eps or weights.std_eps or TIMM_STD_EPS
     workers = config.num_workers if config.num_workers is not None else default_workers(accelerator)
     mixup_record, means = _training_means(plan, model)
-    stream = _stream(plan, model, accelerator, workers)
-    if config.micro_batch == "auto":
+    freeze(model, config.trainable)
+    stream = None if plan.probes else _stream(plan, model, accelerator, workers)
+    if stream is not None and config.micro_batch == "auto":
         cuts = fit_micro_batch(
             model,
             stream,
@@ -148,9 +162,12 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
                 f"{std_eps:g})\n",
                 flush=True,
             )
+    network: Network = model
+    if stream is None:
+        network, stream = LinearProbe(model), _feature_stream(plan, model, accelerator, workers, std_eps)
     start_tracker(accelerator, config, run.path)
-    model = train(
-        model,
+    train(
+        network,
         stream,
         hyper,
         accelerator,
@@ -158,14 +175,15 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
         means=means,
         cuts=plan.cuts,
         run=run,
-        watch=watch_scores(plan, accelerator, workers),
+        watch=watch_scores(plan, model, accelerator, workers),
         watch_every=config.score_every or 1,
         seed=config.seed,
-        num_workers=0 if plan.streamed else workers,  # one process reads the stream
+        num_workers=0 if plan.streamed or plan.probes else workers,  # one process reads the stream; features are at hand
         log_every=config.log_every,
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
     )
+    freeze(model, "all")  # nothing is: as a model comes that was trained whole
     judged = judge(plan, model, mixup_record, accelerator, workers)
     if accelerator.is_main_process:
         _write(plan, model, mixup_record, judged, std_eps=std_eps)
@@ -215,6 +233,30 @@ def _stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int)
     view = EvaluationView(part=plan.data.train, view=plan.view)
     features = predict_features(model, view, accelerator, batch_size=plan.largest_micro_batch, num_workers=workers)
     return PartneredStream(stream=stream, candidates=nearest_neighbours(features, NEIGHBOURS))
+
+
+def _feature_stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int, std_eps: float) -> FeatureStream:
+    """The training examples as pooled features, computed unless they are kept from before."""
+    weights = plan.weights
+    features, notes = kept_features(
+        model,
+        plan.data.train,
+        plan.view,
+        accelerator,
+        about={
+            "architecture": weights.architecture,
+            "model_args": dict(weights.model_args),
+            "std_eps": std_eps,
+            "precision": plan.environment.precision,
+        },
+        folder=feature_folder(),
+        batch_size=plan.pictures_at_a_time,
+        num_workers=workers,
+    )
+    if accelerator.is_main_process:
+        print("\n".join(f"{'':<9} {shown(note)}" for note in notes), flush=True)
+    stream = TrainingStream(part=plan.data.train, view=plan.view, seed=plan.config.seed)
+    return FeatureStream(stream=stream, features=features.numpy())
 
 
 def _record(plan: Plan, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -282,13 +324,18 @@ def _page(plan: Plan, judged: Judgement, outcomes: Outcomes) -> ReportPage:
 
 
 def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
-    """Seconds that training would take here, from a few timed passes over random pictures with random weights."""
-    hyper, size = plan.resolution.hyper, plan.largest_micro_batch
+    """Seconds that training would take here, from a few timed passes over random pictures with random weights.
+
+    Of a linear probe the features are timed: its steps take milliseconds.
+    """
+    hyper, size = plan.resolution.hyper, plan.pictures_at_a_time
     with torch_threads(plan.environment.threads):
         device = find_device()
         model = timm.create_model(
             plan.weights.architecture, pretrained=False, num_classes=plan.data.num_classes, **plan.weights.model_args
         ).to(device)
+        assert isinstance(model, ResNetV2)
+        freeze(model, plan.config.trainable)
         images = torch.randn(size, 3, hyper.crop_size, hyper.crop_size, device=device)
         labels = torch.zeros(size, dtype=torch.int64, device=device)
         amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.environment.precision]
@@ -297,7 +344,10 @@ def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
                 start = time.perf_counter()  # the first pass warms up
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 loss = F.cross_entropy(model(images), labels)
-            loss.backward()
+            if not plan.probes:
+                loss.backward()
             loss.item()  # waits for the device
         seconds = (time.perf_counter() - start) / timed_steps
+    if plan.probes:
+        return seconds * math.ceil(plan.num_train / plan.environment.num_processes / size)
     return seconds * len(plan.cuts[0]) * hyper.steps * plan.law.time_factor

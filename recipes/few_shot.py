@@ -253,8 +253,8 @@ def pictures_hash(data: ImageDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_folder(folder: Path, setup: dict[str, Any], *, kind: str = "few-shot experiment") -> None:
-    """Makes the folder this experiment's, or sees that it is; `kind` says in messages what it would hold.
+def open_folder(folder: Path, setup: dict[str, Any]) -> None:
+    """Makes the folder this experiment's, or sees that it is.
 
     Raises:
         CheckpointError: it belongs to something else; the message names what differs.
@@ -262,7 +262,7 @@ def open_folder(folder: Path, setup: dict[str, Any], *, kind: str = "few-shot ex
     path = folder / "setup.json"
     if not path.is_file():
         if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise CheckpointError(f"{folder} is not empty and holds no {kind}. Choose another --folder.")
+            raise CheckpointError(f"{folder} is not empty and holds no experiment of this kind. Choose another --folder.")
         write_json(path, setup)
         return
     before = read_json(path)

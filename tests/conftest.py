@@ -17,6 +17,7 @@ os.environ.update(
     {
         "HF_ENDPOINT": HUB.url,
         "HF_HOME": SCRATCH.name,
+        "XDG_CACHE_HOME": SCRATCH.name,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

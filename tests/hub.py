@@ -1,5 +1,6 @@
 """What does the hub answer? A stand-in of its HTTP interface on the loopback device, as the clients' sources read it."""
 
+import base64
 import hashlib
 import io
 import json
@@ -53,6 +54,8 @@ class LoopbackHub:
         self.gated: set[str] = set()
         self.large: set[str] = set()  # repositories whose large files lie elsewhere
         self.faults: list[Fault] = []
+        self.tokens = {"hf_dummy"}  # of those who may write
+        self.private: set[str] = set()
         self._serve(port=0)
 
     def _serve(self, port: int) -> None:
@@ -144,10 +147,54 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: a connection for each reque
         if api and rest[:1] in ([], ["revision"]):
             return self._json(_info(key, commits[commit], commit), commit)
         if api and rest[:1] == ["tree"]:
-            recursive = "recursive=true" in urlsplit(self.path).query.lower()
-            entries = _tree(commits[commit], "/".join([*rest[2:], ""]), recursive=recursive)
+            entries = _tree(commits[commit], "/".join([*rest[2:], ""]))
             return self._json(entries, commit) if entries else self._fail(404, "EntryNotFound", commit=commit)
         return self._fail(404, None)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.requests.append((self.command, self.path))
+        self.fault = self.hub.fault_of(f"POST {path}") or Fault("")
+        if self.fault.status is not None:
+            return self._head(self.fault.status, self.fault.headers)
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.hub.tokens:
+            return self._fail(401, None, "Invalid username or password.")
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return self._answer({"errors": [], "warnings": []})
+        key, _, what = path.removeprefix("/api/").rpartition("/main")[0].rpartition("/")
+        assert not what or key in self.hub.commits, path
+        if what == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return self._answer({"files": files})
+        assert what == "commit"
+        return self._commit(key, [json.loads(line) for line in body.splitlines()])
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        there = f"models/{name}" in self.hub.commits
+        if not there:
+            self.hub.add_model(name, {}, commit="0" * 40)
+            if asked.get("visibility") == "private":
+                self.hub.private.add(f"models/{name}")
+        self._answer({"url": f"{self.hub.url}/{name}"}, status=409 if there else 200)
+
+    def _commit(self, key: str, lines: list[dict[str, Any]]) -> None:
+        """A new commit: the files of the last one, and those that are sent."""
+        last = self.hub.commits[key][list(self.hub.commits[key])[-1]]
+        sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+        commit = hashlib.sha1(
+            json.dumps([line["value"] for line in lines]).encode() + str(len(self.hub.commits[key])).encode()
+        ).hexdigest()
+        self.hub.add_model(key.removeprefix("models/"), {**last, **sent}, commit)
+        self._answer({"commitOid": commit, "commitUrl": f"{self.hub.url}/{key.removeprefix('models/')}/commit/{commit}"})
+
+    def _answer(self, value: object, *, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
 
     def _file(self, files: Files, name: str, commit: str, *, away: bool) -> None:
         if name not in files:
@@ -218,15 +265,13 @@ def _info(key: str, files: Files, commit: str) -> dict[str, Any]:
     return {"id": key.split("/", 1)[1], "sha": commit, "siblings": siblings, **common}
 
 
-def _tree(files: Files, prefix: str, *, recursive: bool) -> list[dict[str, Any]]:
-    """The files and folders below a prefix, or only right below it; none if there is no such folder."""
+def _tree(files: Files, prefix: str) -> list[dict[str, Any]]:
+    """The files and folders right below a prefix; none if there is no such folder."""
     entries: dict[str, dict[str, Any]] = {}
     for name, content in files.items():
-        if not name.startswith(prefix):
-            continue
-        parts = name.removeprefix(prefix).split("/")
-        for depth in range(1, len(parts) + 1 if recursive else 2):
-            child = prefix + "/".join(parts[:depth])
-            kind, size = ("file", _size(content)) if child == name else ("directory", 0)
-            entries[child] = {"type": kind, "path": child, "size": size, "oid": "0" * 40}
+        child = prefix + name.removeprefix(prefix).split("/")[0]
+        if name.startswith(prefix) and child == name:
+            entries[name] = {"type": "file", "path": name, "size": _size(content), "oid": "0" * 40}
+        elif name.startswith(prefix):
+            entries[child] = {"type": "directory", "path": child, "size": 0, "oid": "0" * 40}
     return list(entries.values())

@@ -40,6 +40,11 @@ def test_usage_names_every_command(line: str, says) -> None:
         "plan",
         "doctor",
         "models",
+        "predict",
+        "evaluate",
+        "compare",
+        "push",
+        "export",
         "pretrain",
         "distill",
     ]

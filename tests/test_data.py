@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,14 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "in memory": lambda root, splits, encoded, *_: encoded,
     "hub": published,
 }
+
+
+def test_folders_beside_a_table_hold_its_pictures_and_are_no_classes(root: Path, splits: Splits, tmp_path: Path) -> None:
+    shutil.copytree(root / "train", tmp_path / "pictures")
+    rows = "".join(f"pictures/{Path(file).relative_to('train')},{name}\n" for file, name in splits["train"])
+    (tmp_path / "train.csv").write_text("file,kind\n" + rows)
+    data = load_image_dataset(str(tmp_path))
+    assert (data.notes[0], data.class_names) == ('pictures from column "file", classes from "kind"', tuple(NAMES))
 
 
 def pixels(part: Part) -> list[bytes]:

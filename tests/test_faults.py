@@ -39,7 +39,7 @@ from bit_mixup.laws import TrainingLaw
 from bit_mixup.memory import control_group_rest, find_cuts, is_out_of_memory, largest_pass, memory_explained, smaller_cuts
 from bit_mixup.models import load_bit
 from bit_mixup.objectives import SoftmaxCrossEntropy
-from bit_mixup.prediction import _in_pieces_that_fit
+from bit_mixup.prediction import in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
 from bit_mixup.storage import whole_folder, write_bytes
@@ -234,10 +234,10 @@ def test_scoring_goes_on_in_halves_and_says_where_one_picture_does_not_fit() -> 
         sizes.append(len(part))
         return torch.empty(2**60) if len(part) > fitting else part.flatten(1)
 
-    assert torch.equal(_in_pieces_that_fit(lambda part: scores(part, 2), images), images.flatten(1))
+    assert torch.equal(in_pieces_that_fit(lambda part: scores(part, 2), images), images.flatten(1))
     assert sizes == [7, 4, 2, 2, 3, 2, 1]
     with pytest.raises(MemoryShortError, match="a picture of 4 x 5 pixels alone does not fit into memory with this model"):
-        _in_pieces_that_fit(lambda part: scores(part, 0), images)
+        in_pieces_that_fit(lambda part: scores(part, 0), images)
 
 
 def test_a_control_group_limits_what_is_free(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_folder_belongs_to_one_experiment(
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match="2"):
         few_shot.main([*words, "--folder", str(tmp_path / "mine")])
-    assert "holds no few-shot experiment" in capsys.readouterr().err
+    assert "holds no experiment of this kind" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
@@ -187,6 +187,8 @@ def test_fine_tuning_leaves_scores_table_and_plot(words: list[str], tmp_path: Pa
         "config.json",
         "metrics.jsonl",
         "plan.json",
+        "predictions.csv",
+        "report.html",
         "report.json",
         "report.md",
     ]

@@ -2,18 +2,12 @@
 
 import ast
 import re
-import shlex
-import subprocess
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import bit_mixup
-from bit_mixup import cli
-from bit_mixup.config import DataConfig, DistillConfig, PretrainConfig, RunConfig, TransferConfig
-from bit_mixup.requests import CompareConfig, EvaluateConfig, PredictConfig, Request
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
@@ -40,9 +34,9 @@ FLOORS = [
         "scanning",
     },
     {"losses", "data", "prediction", "diagnostics", "repeating", "requests", "report"},
-    {"training", "upstream", "doctor", "streaming", "pictures", "launching", "comparison"},
+    {"training", "features", "upstream", "doctor", "streaming", "pictures", "launching", "comparison", "publishing"},
     {"planning", "pretraining", "classifier"},
-    {"judging", "scoring"},
+    {"judging", "scoring", "export"},
     {"workflow"},
     {"cli"},
     {"__main__"},
@@ -57,6 +51,7 @@ NO_TORCH = set(FILES) - {
     "checkpoint",
     "training",
     "prediction",
+    "features",
     "evaluation",
     "workflow",
     "objectives",
@@ -72,6 +67,7 @@ NO_TORCH = set(FILES) - {
     "classifier",
     "scoring",
     "comparison",
+    "export",
 }
 
 
@@ -112,7 +108,7 @@ def test_files_import_only_from_floors_below() -> None:
 
 
 def test_the_configuration_stops_at_the_doors() -> None:
-    knowing = {"launching", "planning", "workflow", "pretraining", "cli", "requests", "repeating", "scoring"}
+    knowing = {"launching", "planning", "workflow", "pretraining", "cli", "requests", "repeating", "scoring", "publishing"}
     assert {name for name in FLOOR_OF if "config" in imports(name)} == knowing
 
 
@@ -226,85 +222,3 @@ def test_readme_is_short_and_contributing_names_every_file() -> None:
         assert f" {name}.py " in contributing, f"the tree lacks {name}.py"
     for path in RECIPES:
         assert path.name in README
-
-
-def shell_lines() -> list[list[str]]:
-    """The commands of the README's shell blocks, as words."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def dry_run(words: list[str]) -> list[list[str]]:
-    """What make would run, as words."""
-    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines() if re.match(r"\S*(bit-mixup|torchrun|accelerate) ", line)]
-
-
-def parse(words: list[str]) -> DataConfig | None:
-    """Gives a command line to the parsers that it would meet; None for commands without a configuration."""
-    program, *rest = words
-    program = Path(program).name
-    if program in ("accelerate", "torchrun"):
-        if program == "accelerate":
-            launcher = import_module("accelerate.commands.launch").launch_command_parser()
-            assert rest.pop(0) == "launch"
-        else:
-            launcher = import_module("torch.distributed.run").get_args_parser()
-        launched = launcher.parse_args(rest)
-        commands = {"recipes/fine_tune.py": "fine-tune", "recipes/pretrain.py": "pretrain", "recipes/distill.py": "distill"}
-        rest = [commands[launched.training_script], *launched.training_script_args]
-    else:
-        assert program == "bit-mixup"
-    command, *rest = rest
-    if command == "models":
-        return None
-    if command == "doctor":
-        return cli._doctor_configuration(rest)
-    requests: dict[str, type[Request]] = {"predict": PredictConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
-    if command in requests:
-        assert cli._request(rest, requests[command])
-        return None
-    kinds: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "distill": DistillConfig}
-    if command in kinds:
-        return cli._configuration(rest, kinds[command], prog=command)
-    assert command in ("fine-tune", "plan")
-    if command == "plan":
-        rest, _ = cli._take(rest, {"--processes": True, "--time": False})
-    return cli._configuration(rest, TransferConfig, prog=command)
-
-
-def test_commands_of_the_readme_parse() -> None:
-    lines = [words for words in shell_lines() if words[0] in ("bit-mixup", "accelerate", "torchrun")]
-    assert len(lines) >= 3
-    assert len([parse(words) for words in lines if words[1] != "models"]) >= 3
-
-
-def targets() -> set[str]:
-    return set(re.findall(r"^([a-z][a-z0-9-]*):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-
-
-def test_make_lines_of_the_readme_expand_to_commands_that_parse() -> None:
-    lines = [words[1:] for words in shell_lines() if words[0] == "make"]
-    assert len(lines) >= 3
-    parsed = [parse(words) for line in lines for words in dry_run(line)]
-    assert {config.dataset for config in parsed if config} >= {"digits", "uoft-cs/cifar10"}
-    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]+)", "\n".join(re.findall(r"`[^`]+`", README))))
-    assert named | {line[0] for line in lines} <= targets()
-
-
-def test_every_make_target_expands_to_commands_that_parse() -> None:
-    assert len(targets()) >= 15
-    configurations = [parse(words) for words in dry_run(sorted(targets()))]
-    assert len(configurations) == 11, "fine-tune, the paper's five, plan, doctor, models, pretrain and distill"
-    paper = [config for config in configurations if config and config.dataset != "digits"]
-    assert len(paper) == 5
-    for config in paper:
-        assert config.model == "resnetv2_50x1_bit.goog_in21k"
-        assert re.fullmatch(r"[\w-]+/[\w-]+", config.dataset)
-        assert config.label_column
-        assert config.image_column
-    words = dry_run(["fine-tune", "NPROC=4", "ARGS=--seed 1"])[0]
-    several = parse(words)
-    assert isinstance(several, RunConfig)
-    assert (Path(words[0]).name, several.dataset, several.seed) == ("torchrun", "digits", 1)

@@ -306,7 +306,12 @@ def test_metrics_hold_the_rate_of_each_step_and_the_tracker_hears_of_them(quick:
     assert [row["lr"] for row in rows] == [learning_rate(step, result.plan.resolution.hyper) for step in range(6)]
     (events,) = (result.output_dir / "bit_mixup").glob("events*")
     log = EventAccumulator(str(events)).Reload()
-    assert [event.value for event in log.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+    for name in ("loss", "lr"):
+        assert [(event.step, event.value) for event in log.Scalars(name)] == [
+            (row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows
+        ]
+    for name, value in (("test_accuracy", result.report.accuracy), ("test_nll", result.report.nll)):
+        assert [(event.step, event.value) for event in log.Scalars(name)] == [(6, pytest.approx(value, rel=1e-6))]
 
 
 def test_bf16_trains_near_fp32_and_is_recorded(quick: dict[str, Any], tmp_path: Path) -> None:
