@@ -416,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"vtab.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except Interrupted as stop:
-        print(f"vtab.py: {stop}", file=sys.stderr)
+        print(f"vtab.py: stopped by {stop.signal_name}; the same command goes on where it was", file=sys.stderr)
         raise SystemExit(stop.exit_code) from stop
     if failures:
         raise SystemExit(1)

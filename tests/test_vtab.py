@@ -4,8 +4,12 @@ On stand-ins of its sets, from the loopback hub.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -304,3 +308,29 @@ def test_lists_that_can_not_be_used_are_refused(tmp_path: Path) -> None:
         path.write_text(f"images/test/000001.png 1\n{line}\n")
         with pytest.raises(DataError, match=rf"test\.txt line 2: .*{message}"):
             vtab.read_list(path, 4)
+
+
+def test_a_signal_stops_and_the_same_command_goes_on(
+    published: LoopbackHub, fresh: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "out" / "runs" / "eurosat" / "metrics.jsonl"
+    words = ["--tasks", "eurosat", *fresh, "--steps", "60"]
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 30
+        while not metrics.is_file() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt, daemon=True)
+    sender.start()
+    with pytest.raises(SystemExit, match="130"):
+        vtab.main(words)
+    sender.join()
+    assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().err
+    before = metrics.read_text()
+    assert 0 < len(before.splitlines()) < 60
+    vtab.main(words)
+    after = metrics.read_text()
+    assert after.startswith(before), "no step is done twice"
+    assert len(after.splitlines()) == 60
