@@ -8,7 +8,9 @@ The 19 tasks of the Visual Task Adaptation Benchmark (Zhai et al., 2019): fine-t
 and 200 of its validation split, the split that VTAB's own code calls train800val200) by the BiT-HyperRule, nothing tuned,
 scored once on the whole test split. Where mirroring or cropping would change the label it is off, as in BiT's paper. VTAB's
 tasks are read from a copy on the hub that its maker wrote with VTAB's own code, labels and all; only the two splits that are
-needed are fetched. The paper's five sets are trained on whole. FOLDER holds
+needed are fetched. Or they are read from another copy, unpacked: vtab-1k.zip (4.7 GB) of the hub's XiN0919/VTAB-1k holds all 19
+as pictures and lists, train800val200.txt and test.txt; name its folder with --lists. The paper's five sets are trained on whole.
+Checkpoints and models of finished runs are removed unless --keep-models is given. FOLDER holds
 
 setup.json       what was asked: a start with another model or schedule is refused, other tasks may be added
 runs/, logs/     a run for each task, and what it printed; an interrupted one goes on from its checkpoint, a finished one stays
@@ -16,6 +18,8 @@ failures.json    tasks that could not be done the last time, and why; they are t
 results.json     scores and failures; table.md: the same beside published figures
 """
 
+import hashlib
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,15 +28,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from datasets import DatasetDict, load_dataset
-from few_shot import logged, open_folder
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from few_shot import file_hash, logged, open_folder
 
 from bit_mixup import BitMixupError, ConfigError, DataError, TransferConfig, make_plan, transfer
-from bit_mixup.errors import did_you_mean
+from bit_mixup.data import find_label_column
+from bit_mixup.errors import Interrupted, did_you_mean
 from bit_mixup.hub import explain, first_line, take_out_if_damaged
 from bit_mixup.storage import read_json, write_json, write_text
+from bit_mixup.weights import fetch, find_weights
 
 TRAIN, TEST = "train800val200", "test"
+LISTS_ID = "XiN0919/VTAB-1k"
 GROUPS = ("natural", "specialized", "structured", "paper")
 
 
@@ -55,6 +62,14 @@ class Task:
     flip: bool = True
     crop: bool = True
     columns: tuple[str, str, str, str] = ("image", "label", TRAIN, TEST)
+
+
+# The folders of the lists are named as in the many loaders that read them; where a name is not that of the task here:
+LIST_FOLDERS = {
+    "cifar100": "cifar", "flowers102": "oxford_flowers102", "pets": "oxford_iiit_pet", "retinopathy": "diabetic_retinopathy",
+    "clevr_distance": "clevr_dist", "kitti_distance": "kitti", "dsprites_location": "dsprites_loc",
+    "dsprites_orientation": "dsprites_ori", "smallnorb_azimuth": "smallnorb_azi", "smallnorb_elevation": "smallnorb_ele",
+}  # fmt: skip
 
 
 # Splits and columns of these copies, and their names, are those of the script that wrote them. The pages or the use in code of
@@ -120,6 +135,8 @@ class VtabConfig:
     """Where everything is kept. None: runs/vtab/ and the model's name."""
     user: str = "bramtoula"
     """Whose copies of VTAB's tasks on the hub."""
+    lists: Path | None = None
+    """Folder of the unpacked lists, in place of the hub. None: the hub."""
     preset: Literal["code", "paper", "light"] = "code"
     """Of the rule."""
     resolution: Literal["rule", "model"] = "rule"
@@ -134,8 +151,16 @@ class VtabConfig:
     """Torch's. None: the cores."""
     seed: int = 0
     """Of the runs."""
+    keep_models: bool = False
+    """Keep checkpoints and models of finished runs."""
     list: bool = False
     """Print the tasks and leave."""
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What all runs have in common and has a say in their results."""
+        names = ("model", "preset", "resolution", "steps", "batch_size", "precision", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 def chosen_tasks(asked: Sequence[str]) -> list[str]:
@@ -186,6 +211,71 @@ def fetch_task(repository: str) -> tuple[DatasetDict, str]:
     return data, commit
 
 
+def read_list(path: Path, classes: int) -> Dataset:
+    """The pictures that a list names, a line each: the path from the list's folder, a space, and the label.
+
+    Raises:
+        DataError: the list is missing, or a line of it can not be used.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Give --lists the folder that vtab-1k.zip of {LISTS_ID} was unpacked into.")
+    files, labels = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdecimal() or int(label) >= classes:
+            raise DataError(f"{path} line {number}: expected a picture and a label from 0 to {classes - 1}. Unpack it anew.")
+        if not (path.parent / name).is_file():
+            raise DataError(f"{path} line {number}: {path.parent / name} is missing. Unpack the archive anew.")
+        files.append({"path": str(path.parent / name), "bytes": None})
+        labels.append(int(label))
+    features = Features({"image": Image(decode=False), "label": ClassLabel(num_classes=classes)})
+    return Dataset.from_dict({"image": files, "label": labels}, features=features)
+
+
+def with_classes(split: Dataset, name: str, where: str, task: Task) -> Dataset:
+    """A split whose labels are known to be the task's, under a name that a resumed run knows again whatever the cache.
+
+    Raises:
+        DataError: there are no labels, or not those of the task.
+    """
+    label = find_label_column(split, task.columns[1], task.columns[0])
+    feature = split.features[label]
+    if isinstance(feature, ClassLabel) and feature.num_classes != task.classes:
+        raise DataError(f"{where} has {feature.num_classes} classes, but the task has {task.classes}.")
+    labels = split[label][:]
+    foreign = next((row for row, value in enumerate(labels) if value not in range(task.classes)), None)
+    if foreign is not None:
+        raise DataError(
+            f'{where}: row {foreign} of {name} has the label {labels[foreign]} in "{label}", but the task has 0 to '
+            f"{task.classes - 1}. It is another set: name another --user, or --lists."
+        )
+    if not isinstance(feature, ClassLabel):  # a class that none of the 1,000 examples has is still one of the task's
+        split = split.cast_column(label, ClassLabel(num_classes=task.classes))
+    digest = hashlib.sha256(f"{where} {name} {labels}".encode()).hexdigest()[:16]
+    return split.select(range(len(split)), new_fingerprint=f"{task.repository}-{digest}")
+
+
+def open_task(name: str, asked: VtabConfig) -> tuple[Any, dict[str, str]]:
+    """The data of a task, as `transfer` takes it, and where they are from.
+
+    Raises:
+        DataError: they can not be had, or are not those of the task.
+    """
+    task = TASKS[name]
+    if task.group == "paper":
+        return task.repository, {"repository": task.repository}
+    if asked.lists is not None:
+        where = LIST_FOLDERS.get(name, name)
+        data = DatasetDict({split: read_list(asked.lists / where / f"{split}.txt", task.classes) for split in (TRAIN, TEST)})
+        origin = {"lists": str(asked.lists / where)}
+    else:
+        where = f"{asked.user}/{task.repository}"
+        data, commit = fetch_task(where)
+        origin = {"repository": where, "revision": commit}
+        where += f" at {commit[:12]}"
+    return DatasetDict({split: with_classes(data[split], split, where, task) for split in (TRAIN, TEST)}), origin
+
+
 def run_task(name: str, asked: VtabConfig, folder: Path) -> dict[str, Any]:
     """Fine-tunes on a task, unless that was done before, and gives its scores.
 
@@ -195,37 +285,31 @@ def run_task(name: str, asked: VtabConfig, folder: Path) -> dict[str, Any]:
     task, run = TASKS[name], folder / "runs" / name
     if not (run / "report.json").is_file():
         image, label, train, test = task.columns
-        options: dict[str, Any] = {
-            "model": asked.model, "preset": asked.preset, "resolution": asked.resolution, "steps": asked.steps,
-            "batch_size": asked.batch_size, "seed": asked.seed, "precision": asked.precision, "threads": asked.threads,
-            "flip": task.flip,
+        options: dict[str, Any] = asked.schedule | {
+            "threads": asked.threads, "flip": task.flip,
             "train_split": train, "test_split": test, "image_column": image, "label_column": label, "output_dir": run,
         }  # fmt: skip
-        if task.group == "paper":
-            data: Any = task.repository
-        else:
-            data, commit = fetch_task(f"{asked.user}/{task.repository}")
-            classes = len(data[train].features[label].names)
-            if classes != task.classes:
-                raise DataError(f"{asked.user}/{task.repository} has {classes} classes, but the task has {task.classes}.")
+        data, origin = open_task(name, asked)
+        if task.group != "paper":
             run.parent.mkdir(parents=True, exist_ok=True)
-            write_json(
-                run.parent / f"{name}.revision.json", {"repository": f"{asked.user}/{task.repository}", "revision": commit}
-            )
+            write_json(run.parent / f"{name}.revision.json", origin)
         if not task.crop:  # the whole picture at the size of a crop
             planned = make_plan(TransferConfig(dataset=str(task.repository), **options), source=data, to_be_run=False)
             size = planned.resolution.hyper.crop_size
             options |= {"resolution": "rule", "resize_size": size, "crop_size": size}
         with logged(folder / "logs" / f"{name}.txt"):
             transfer(dataset=data, resume=True, **options)
+    if not asked.keep_models:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        shutil.rmtree(run / "model", ignore_errors=True)
     report, plan = read_json(run / "report.json"), read_json(run / "plan.json")["resolved"]
-    origin = run.parent / f"{name}.revision.json"
+    source = run.parent / f"{name}.revision.json"
     return {
         "accuracy": report["accuracy"],
         "accuracy_interval": report["accuracy_interval"],
         "train_examples": plan["data"]["train_examples"],
         "test_examples": report["num_examples"],
-        "revision": read_json(origin)["revision"] if origin.is_file() else plan["data"]["revision"],
+        "revision": read_json(source).get("revision") if source.is_file() else plan["data"]["revision"],
         "resize_size": plan["hyper"]["resize_size"],
         "crop_size": plan["hyper"]["crop_size"],
         "flip": plan["flip"],
@@ -289,12 +373,15 @@ def vtab(asked: VtabConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Does what is missing, and writes table and results: scores and failures by task.
 
     Raises:
-        BitMixupError: there is no such task, or the folder belongs to another experiment.
+        BitMixupError: there is no such task or model, an option can not be used, or the folder belongs to another experiment.
     """
     names = chosen_tasks(asked.tasks)
     folder = asked.folder or Path("runs/vtab") / Path(asked.model).name
-    schedule = ("model", "preset", "resolution", "steps", "batch_size", "precision", "seed", "user")
-    open_folder(folder, {name: getattr(asked, name) for name in schedule})
+    TransferConfig(dataset="vtab", threads=asked.threads, **asked.schedule)  # before anything is fetched for it
+    weights = fetch(find_weights(asked.model))
+    assert weights.file is not None
+    copies = "lists" if asked.lists is not None else asked.user
+    open_folder(folder, {**asked.schedule, "weights": file_hash(weights.file), "copies": copies})
     scores: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     for number, name in enumerate(names, start=1):
@@ -328,6 +415,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BitMixupError as error:
         print(f"vtab.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except Interrupted as stop:
+        print(f"vtab.py: stopped by {stop.signal_name}; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from stop
     if failures:
         raise SystemExit(1)
 
