@@ -27,7 +27,7 @@ from bit_mixup.launching import find_device
 from bit_mixup.loading import load_batches
 from bit_mixup.models import Normalize, build_bit, forward
 from bit_mixup.pictures import Pictures, PicturesInMemory, ReadableView, reason
-from bit_mixup.prediction import in_pieces_that_fit
+from bit_mixup.prediction import in_pieces_that_fit, ready_to_predict
 from bit_mixup.runs import RunFolder
 from bit_mixup.storage import read_json, write_text
 from bit_mixup.unmixing import CHOICE, MEAN_IMAGE, RECORD, MixupRecord, RuleChoice, predict_by_rule
@@ -155,7 +155,7 @@ class Classifier:
         normalize, device = Normalize.of(self.model), next(self.model.parameters()).device
         looks_at_shrunk = self.record is not None and self.choice.rule in ("eq15", "unshrink")
         shrink = self.record.shrink_input(normalize.mean, normalize.std) if self.record and looks_at_shrunk else None
-        network = partial(forward, self.model)
+        network = partial(forward, ready_to_predict(self.model, device))
         order = list(range(len(pictures)))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         parts: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -61,8 +61,10 @@ def predict_features(
 
 
 def ready_to_predict(model: ResNetV2, device: torch.device) -> ResNetV2:
-    """What gives a model's logits and features soonest: a copy with weight standardisation folded into its filters, which is exact,
-    and channels last. Where memory does not do for a copy, the model itself.
+    """What gives a model's logits and features soonest: a copy with weight standardisation folded into its filters.
+
+    Folding is exact; channels last, as which the copy is laid out, changes rounding. Where memory does not do for a copy, it is the
+    model itself.
 
     Args:
         model: is moved to the device and set to evaluation mode.
@@ -70,7 +72,7 @@ def ready_to_predict(model: ResNetV2, device: torch.device) -> ResNetV2:
     """
     model.to(device).eval()
     try:
-        return fold_weight_standardisation(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return fold_weight_standardisation(model).to(memory_format=torch.channels_last)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

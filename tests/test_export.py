@@ -19,6 +19,7 @@ from bit_mixup.cli import main as command
 from bit_mixup.errors import ConfigError, WeightsError
 from bit_mixup.export import export_model
 from bit_mixup.models import fold_weight_standardisation, load_bit
+from bit_mixup.prediction import ready_to_predict
 from bit_mixup.unmixing import RULES
 from bit_mixup.workflow import TransferResult
 
@@ -57,8 +58,9 @@ def called(path: Path, images: np.ndarray) -> np.ndarray:
     return outputs[0]
 
 
-@pytest.mark.parametrize("pixels", [False, True])
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    ("suffix", "pixels"), [(".onnx", True), (".pt2", False), pytest.param(".onnx", False, marks=pytest.mark.slow)]
+)
 def test_logits_are_those_of_timms_copy(
     run: TransferResult, classifier: Classifier, images: np.ndarray, tmp_path: Path, suffix: str, pixels: bool
 ) -> None:
@@ -82,7 +84,7 @@ def test_logits_are_those_of_timms_copy(
 @pytest.mark.parametrize(
     ("rule", "suffix"),
     [
-        pytest.param(rule, suffix, marks=[pytest.mark.slow] if suffix == ".onnx" and rule != "unshrink" else [])
+        pytest.param(rule, suffix, marks=[pytest.mark.slow] if (suffix == ".onnx") != (rule == "unshrink") else [])
         for rule in RULES
         for suffix in (".onnx", ".pt2")
     ],
@@ -146,6 +148,24 @@ def test_folding_is_exact(run: TransferResult, dtype: torch.dtype, tolerance: fl
     assert not any(isinstance(module, StdConv2d) for module in folded.modules())
     assert list(folded.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_prediction_does_without_a_copy_where_memory_does(run: TransferResult) -> None:
+    model = load_bit(str(run.output_dir / "model"), keep_head=True)
+    pictures = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    folded = ready_to_predict(model, torch.device("cpu"))
+    assert not any(isinstance(module, StdConv2d) for module in folded.modules())
+
+    class Large(torch.nn.Identity):
+        def __deepcopy__(self, memo: dict[int, Any]) -> "Large":
+            raise MemoryError
+
+    model.large = Large()
+    as_it_is = ready_to_predict(model, torch.device("cpu"))
+    assert as_it_is is model
+    assert not model.training
+    with torch.no_grad():
+        torch.testing.assert_close(folded(pictures), as_it_is(pictures), atol=1e-4, rtol=1e-4)
 
 
 def test_the_command(run: TransferResult, images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
