@@ -63,8 +63,8 @@ def predict_features(
 def ready_to_predict(model: ResNetV2, device: torch.device) -> ResNetV2:
     """What gives a model's logits and features soonest: a copy with weight standardisation folded into its filters.
 
-    Folding is exact; channels last, as which the copy is laid out, changes rounding. Where memory does not do for a copy, it is the
-    model itself.
+    Folding is exact; channels last, as which the copy is laid out, changes rounding. Where memory does not do for a copy, it is
+    the model itself.
 
     Args:
         model: is moved to the device and set to evaluation mode.
