@@ -116,7 +116,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in sorted(temporary.rglob("*")):
-                _flush(file)
+                if not file.is_symlink():  # it is a name in its folder; what it points to may be elsewhere, or nowhere
+                    _flush(file)
             _flush(temporary)
             aside = path.parent / f"{ASIDE_PREFIX}{path.name}"
             if path.exists():

@@ -104,6 +104,13 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
 
 
+def test_a_folder_may_hold_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """As packages do that `make upstream` unpacks."""
+    with whole_folder(tmp_path / "package") as folder:
+        (folder / "30-font.conf").symlink_to("/nowhere/30-font.conf")
+    assert (tmp_path / "package" / "30-font.conf").readlink() == Path("/nowhere/30-font.conf")
+
+
 def test_a_folder_that_was_being_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its two renames a replacement has moved the old folder aside and not yet put the new one in its place."""
     with whole_folder(tmp_path / "model") as folder:
