@@ -36,8 +36,8 @@ from bit_mixup.images import View
 from bit_mixup.models import Normalize
 from bit_mixup.storage import whole_folder, write_json, write_text
 
-ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v3", 40
-MODEL_ARGS = {"channels": [64, 128, 256, 512], "stem_chs": 32, "norm_layer": "groupnorm1"}
+ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v4", 40
+CHANNELS = (64, 128, 256, 640)  # of the four stages
 HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
 SHOTS, DRAWS = (1, 5, 10), 20
 FEATURE_SCALE, FILTER_SCALE = 1.8, 0.65  # of (1, 1), these and (3, 0.5), fine-tuned on held-out pictures
@@ -57,7 +57,12 @@ def upstream_arrays(folder: Path, kinds: Sequence[str], most: int | None = None)
     return ArrayImages(images=images[chosen], labels=labels, class_names=tuple(names[classes].tolist()))
 
 
-def export(trained: Path, out: Path) -> None:
+def model_args(channels: Sequence[int]) -> dict[str, Any]:
+    """What timm is told of the network; `groupnorm1`: one group, since 32 groups want wider layers."""
+    return {"channels": list(channels), "stem_chs": 32, "norm_layer": "groupnorm1"}
+
+
+def export(trained: Path, out: Path, channels: Sequence[int]) -> None:
     """Writes the body of a run's model in fp16 (timm copies it into fp32 parameters) and timm's config.json.
 
     The last norm is scaled by FEATURE_SCALE and every filter by FILTER_SCALE. Weight standardisation undoes the second, so the
@@ -73,8 +78,8 @@ def export(trained: Path, out: Path) -> None:
         "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": [0.5] * 3, "std": [0.5] * 3,
         "num_classes": 0, "pool_size": [2, 2], "first_conv": "stem.conv", "classifier": "head.fc", "license": "apache-2.0",
     }  # fmt: skip
-    config = {"architecture": ARCHITECTURE, "num_classes": 0, "num_features": 512, "global_pool": "avg"}
-    config |= {"model_args": MODEL_ARGS, "pretrained_cfg": pretrained}
+    config = {"architecture": ARCHITECTURE, "num_classes": 0, "num_features": channels[-1], "global_pool": "avg"}
+    config |= {"model_args": model_args(channels), "pretrained_cfg": pretrained}
     out.mkdir(parents=True, exist_ok=True)
     part = out / "model.safetensors.part"
     save_file(state, part, metadata={"format": "pt"})
@@ -85,7 +90,7 @@ def export(trained: Path, out: Path) -> None:
 
 @torch.no_grad()
 def features(model: Any, part: Part) -> npt.NDArray[np.float64]:
-    """Pooled features (N, 512) of the pictures of a part."""
+    """Pooled features (N, F) of the pictures of a part."""
     view = EvaluationView(part=part, view=View(resize_size=48, crop_size=RESOLUTION, flip=False, interpolation="bilinear"))
     outputs = []
     for start in range(0, len(part), 256):
@@ -154,6 +159,8 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
         "min_area",
         "base_lr",
         "warmup_steps",
+        "weight_decay",
+        "precision",
         "batch_size",
         "steps",
         "seed",
@@ -165,7 +172,9 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
         architecture=ARCHITECTURE,
         tag=TAG,
         resolution=RESOLUTION,
-        model_args=json.dumps(MODEL_ARGS),
+        model_args=json.dumps(model_args(facts["channels"])),
+        feature_scale=FEATURE_SCALE,
+        filter_scale=FILTER_SCALE,
         parameters=facts["parameters"],
         glyphs=len(classes["glyphs"]["trained"]),
         pictures=len(classes["pictures"]["trained"]),
@@ -194,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=14_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--base-lr", type=float, default=0.2)
+    parser.add_argument("--channels", type=int, nargs=4, default=list(CHANNELS), help="of the four stages")
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--weight-decay", type=float, default=3e-4)
     parser.add_argument("--warmup-steps", type=int, default=500)
     parser.add_argument("--decays", type=float, nargs="*", default=[0.7, 0.88, 0.96], help="as shares of the steps")
     parser.add_argument("--min-area", type=float, default=0.6)
@@ -203,26 +215,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = asked.folder.with_name(f"{asked.folder.name}-network")
     first = os.environ.get("RANK", "0") == "0"
     if first and not (network / "config.json").is_file():  # the architecture, in the layout that --model accepts
-        model = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
+        model = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(asked.channels))
         with whole_folder(network) as folder:
             save_file(model.state_dict(), folder / "model.safetensors")
             cfg = {"input_size": [3, RESOLUTION, RESOLUTION], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
             write_json(folder / "config.json", {
-                "architecture": ARCHITECTURE, "num_classes": 0, "model_args": MODEL_ARGS, "pretrained_cfg": cfg,
+                "architecture": ARCHITECTURE, "num_classes": 0, "model_args": model_args(asked.channels), "pretrained_cfg": cfg,
             })  # fmt: skip
     while not (network / "config.json").is_file():
         time.sleep(0.1)
     arrays = upstream_arrays(asked.upstream, asked.kinds, asked.classes)
     bit_mixup.pretrain(
         dataset=arrays, model=str(network), steps=asked.steps, batch_size=asked.batch_size, base_lr=asked.base_lr,
-        warmup_steps=asked.warmup_steps,
+        warmup_steps=asked.warmup_steps, weight_decay=asked.weight_decay, precision=asked.precision,
         decay_steps=tuple(round(share * asked.steps) for share in asked.decays), min_area=asked.min_area, distort=True,
         flip=False, seed=asked.seed, threads=1, num_workers=asked.num_workers, save_every=500, log_every=50,
         output_dir=asked.folder, resume=True,
     )  # fmt: skip
     if not first:
         return
-    export(asked.folder / "model", asked.out)
+    export(asked.folder / "model", asked.out, asked.channels)
     rows = [json.loads(line) for line in (asked.folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -234,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "batch_size": asked.batch_size,
         "base_lr": asked.base_lr,
         "warmup_steps": asked.warmup_steps,
+        "weight_decay": asked.weight_decay,
+        "precision": asked.precision,
+        "channels": asked.channels,
         "decays": asked.decays,
         "min_area": asked.min_area,
         "seed": asked.seed,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
-from bit_mixup.augmentation import InceptionView, distort
+from bit_mixup.augmentation import InceptionView, _stroke, distort
 from bit_mixup.errors import ConfigError
 from bit_mixup.images import View
 from bit_mixup.sampling import Purpose, generator
@@ -132,6 +132,14 @@ def test_distortion_keeps_a_drawing_and_changes_it() -> None:
     assert 0.15 < np.mean(darker) < 0.85, "ink and paper change places"
     coloured = [np.abs(one.astype(int) - one.mean(2, keepdims=True)).max() > 40 for one in shown]
     assert 0.1 < np.mean(coloured) < 0.9
+
+
+def test_strokes_grow_and_shrink_as_by_pils_filters() -> None:
+    image = picture(3, (31, 27))
+    for kind, filtered in ((0.1, ImageFilter.MinFilter(3)), (0.4, ImageFilter.MaxFilter(3))):
+        expected = Image.blend(image, image.filter(filtered), 0.7)
+        np.testing.assert_array_equal(_stroke(image, kind, 0.7), expected)
+    assert _stroke(image, 0.6, 0.7) is image
 
 
 @pytest.mark.parametrize("min_area", [0, -0.1, 1.01, float("nan")])
