@@ -11,23 +11,22 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 from tqdm import tqdm
 
-from bit_mixup.environment import versions
+from bit_mixup.environment import Precision, versions
 from bit_mixup.errors import CheckpointError, ConfigError, WeightsError, shown
 from bit_mixup.images import View
 from bit_mixup.launching import find_device
 from bit_mixup.loading import load_batches
-from bit_mixup.models import Normalize, build_bit, forward
+from bit_mixup.models import Normalize, build_bit
 from bit_mixup.pictures import Pictures, PicturesInMemory, ReadableView, reason
-from bit_mixup.prediction import in_pieces_that_fit, ready_to_predict
+from bit_mixup.prediction import Predictor, in_pieces_that_fit
 from bit_mixup.runs import RunFolder
 from bit_mixup.storage import read_json, write_text
 from bit_mixup.unmixing import CHOICE, MEAN_IMAGE, RECORD, MixupRecord, RuleChoice, predict_by_rule
@@ -79,6 +78,7 @@ class Classifier:
         record: what that rule must know of training; None for a model that another tool has trained.
         revision: commit hash on the hub; None for a model of this machine.
         run: the run that the model is from, where it is still in its folder.
+        precision: of convolutions.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Classifier:
     record: MixupRecord | None
     revision: str | None
     run: RunFolder | None
+    precision: Precision = "fp32"
 
     def predict(
         self, images: Any, *, top: int | None = None, batch_size: int = 64, num_workers: int = 0, progress: bool = False
@@ -155,7 +156,7 @@ class Classifier:
         normalize, device = Normalize.of(self.model), next(self.model.parameters()).device
         looks_at_shrunk = self.record is not None and self.choice.rule in ("eq15", "unshrink")
         shrink = self.record.shrink_input(normalize.mean, normalize.std) if self.record and looks_at_shrunk else None
-        network = partial(forward, ready_to_predict(self.model, device))
+        network = Predictor(self.model, device, precision=self.precision).logits
         order = list(range(len(pictures)))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -173,7 +174,9 @@ class Classifier:
         return logits, shrunk, readable
 
 
-def load(name_or_path: str | Path, *, revision: str | None = None, rule: str = "stored") -> Classifier:
+def load(
+    name_or_path: str | Path, *, revision: str | None = None, rule: str = "stored", precision: Precision = "fp32"
+) -> Classifier:
     """Loads a trained model to predict with.
 
     Args:
@@ -181,12 +184,17 @@ def load(name_or_path: str | Path, *, revision: str | None = None, rule: str = "
             `bit_mixup.find_weights` finds.
         revision: branch, tag or commit on the hub.
         rule: "stored": the prediction rule beside the model; "raw": the model as it is.
+        precision: of convolutions; bf16 takes half the time where the hardware computes in it, and fp16 needs a GPU.
 
     Raises:
         WeightsError: see `bit_mixup.find_weights`; or the model has no head.
         CheckpointError: what lies beside the model can not be read.
-        ConfigError: another rule.
+        ConfigError: another rule or precision.
     """
+    if precision not in get_args(Precision):
+        raise ConfigError(f'precision "{precision}": expected one of {", ".join(get_args(Precision))}.')
+    if precision == "fp16" and find_device().type == "cpu":
+        raise ConfigError("precision fp16 needs an accelerator, but the model is on the CPU. Use bf16 or fp32.")
     if rule not in ("stored", "raw"):
         raise ConfigError(f'rule "{rule}": expected stored or raw.')
     path = Path(name_or_path).expanduser()
@@ -222,6 +230,7 @@ def load(name_or_path: str | Path, *, revision: str | None = None, rule: str = "
         record=record,
         revision=weights.revision,
         run=run,
+        precision=precision,
     )
 
 

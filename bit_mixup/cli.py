@@ -158,7 +158,7 @@ def predict_command(arguments: Sequence[str]) -> None:
     if config.output is not None:
         check_output(config.output)
     with torch_threads(config.threads or available_cores()):
-        classifier = load(config.model, revision=config.revision, rule=config.rule)
+        classifier = load(config.model, revision=config.revision, rule=config.rule, precision=config.precision)
         pictures = find_pictures(config.pictures, split=config.split, image_column=config.image_column)
         predictions = classifier.predict(
             pictures, top=config.top, batch_size=config.batch_size, num_workers=config.num_workers, progress=True
@@ -183,7 +183,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     from bit_mixup.launching import torch_threads
 
     with torch_threads(config.threads or available_cores()):
-        classifier = load(config.model, revision=config.revision, rule=config.rule)
+        classifier = load(config.model, revision=config.revision, rule=config.rule, precision=config.precision)
         if config.output_dir is not None:  # sooner than an hour of work
             scoring.check_evaluation_folder(config.output_dir, overwrite=config.overwrite)
         evaluation = scoring.evaluate_model(

@@ -10,7 +10,7 @@ import typeguard
 
 from bit_mixup.catalog import DEFAULT_MODEL
 from bit_mixup.corruption import check_fraction
-from bit_mixup.environment import Precision
+from bit_mixup.environment import MemoryFormat, Precision, Speedups
 from bit_mixup.errors import ConfigError, did_you_mean
 from bit_mixup.hyperrule import HyperParameters, LamLaw, Preset, bit_hyperrule, scale_step
 from bit_mixup.laws import AskedRule, Form, Mixed, PartnerRule, SmoothingTarget, Trainable, TrainingLaw
@@ -95,7 +95,8 @@ class RunConfig(DataConfig):
     seed: int = 0
     """Of random weights, shuffling, crops, mixing and splits."""
     precision: Precision | None = None
-    """Of the forward and backward pass. None: what the Accelerate configuration says, else fp32. fp16 needs an accelerator."""
+    """Of the forward and backward pass. None: what the Accelerate configuration says, else bf16 where the hardware computes in it
+    (scores are then computed in fp32 all the same), else fp32. fp16 needs an accelerator."""
     micro_batch: int | Literal["auto"] | None = None
     """Most examples of one backward pass; it changes rounding alone. None: what fits into 6 GiB, at least a group of mixup. auto:
     the most that fit into memory, tried before training."""
@@ -103,6 +104,14 @@ class RunConfig(DataConfig):
     """Processes that decode pictures. None: 0 on the CPU, else up to 8."""
     threads: int | None = None
     """Torch's threads in each process. None: an equal share of the cores."""
+    memory_format: MemoryFormat = "channels_last"
+    """How pictures and filters lie in memory; it changes time, and rounding."""
+    quick_layers: bool = True
+    """Compute weight standardisation and group normalisation by operations that take less time than timm's."""
+    keep_filters: bool = True
+    """Standardise filters once a step, not in each of its backward passes."""
+    fused_optimizer: bool = True
+    """Take a step of SGD by one operation."""
 
     output_dir: Path | None = None
     """Folder of the run. None: runs/<dataset>-<model>-<seed>."""
@@ -131,6 +140,11 @@ class RunConfig(DataConfig):
                 raise ConfigError(f"{name} is {value}; it must be 0 or a positive whole number.")
         if self.std_eps is not None and not (math.isfinite(self.std_eps) and self.std_eps > 0):
             raise ConfigError(f"std_eps is {self.std_eps}; it must be a small positive number, such as 1e-8 or 1e-10.")
+
+    @property
+    def speedups(self) -> Speedups:
+        """How steps are computed."""
+        return Speedups(**{field.name: getattr(self, field.name) for field in fields(Speedups)})
 
     @property
     def micro_batch_note(self) -> str:

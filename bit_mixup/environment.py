@@ -6,6 +6,7 @@ the plan, and refused where it contradicts what was asked.
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from typing import Literal
 from bit_mixup.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MemoryFormat = Literal["channels_last", "contiguous"]
 _PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _PACKAGES = (
     "bit_mixup",
@@ -28,7 +30,36 @@ _PACKAGES = (
     "pillow",
     "numpy",
 )
+CPU_INFO = Path("/proc/cpuinfo")  # of Linux
+_CPU_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, and ARM: flags of processors that compute in bf16
 _TRUE = {"1", "true", "yes", "on", "y", "t"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speedups:
+    """How steps are computed. All of it changes time, and of the result nothing but rounding.
+
+    Args:
+        memory_format: how pictures and filters lie in memory.
+        quick_layers: whether weight standardisation and group normalisation are computed by `bit_mixup.layers`, or as timm does.
+        keep_filters: whether filters are standardised once a step, or in each of its backward passes; with quick layers alone.
+        fused_optimizer: whether a step of SGD is one operation.
+    """
+
+    memory_format: MemoryFormat = "channels_last"
+    quick_layers: bool = True
+    keep_filters: bool = True
+    fused_optimizer: bool = True
+
+    def as_text(self) -> str:
+        """For a plan."""
+        chosen = [
+            self.memory_format.replace("_", " "),
+            "quick layers" if self.quick_layers else "timm's layers",
+            "filters standardised " + ("once a step" if self.keep_filters and self.quick_layers else "in each pass"),
+            "fused SGD" if self.fused_optimizer else "plain SGD",
+        ]
+        return f"{', '.join(chosen)}: this changes time, and rounding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +69,8 @@ class Environment:
     Args:
         num_processes: that share the run.
         precision: of the forward and backward pass.
-        precision_from: who decided it.
+        precision_from: who decided it, or why.
+        scoring_precision: of forward passes that give scores: fp32, unless half precision was asked for by name.
         threads: of torch in each process, for work on the CPU.
         notes: what the launcher has set and how it is met.
         local_processes: that share this machine.
@@ -47,6 +79,7 @@ class Environment:
     num_processes: int
     precision: Precision
     precision_from: str
+    scoring_precision: Precision
     threads: int
     notes: tuple[str, ...]
     local_processes: int = 1
@@ -58,7 +91,8 @@ def read_environment(
     """Reads the launcher's variables.
 
     Args:
-        precision: as asked; None leaves it to Accelerate's configuration.
+        precision: as asked; None leaves it to Accelerate's configuration, and where that says "no" (as `accelerate launch` does
+            when nobody has configured it) to the hardware.
         threads: as asked; None gives each process an equal share of the cores that this process may use. What
             OMP_NUM_THREADS says is not followed: launchers set it differently, and the number of threads shows in the last bits.
         variables: in place of os.environ.
@@ -113,14 +147,42 @@ def read_environment(
         notes.append("started by accelerate launch; even_batches and split_batches do not apply, as batches are cut by position")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}; it must be at least 1.")
+    asked = precision or (by_launcher if launched != "no" else None)
+    found, why = hardware_precision()
     return Environment(
         num_processes=num_processes,
-        precision=precision or by_launcher,
-        precision_from="asked" if precision else ("Accelerate configuration" if launched != "no" else "default"),
+        precision=asked or found,
+        precision_from="asked" if precision else "Accelerate configuration" if asked else why,
+        scoring_precision=asked or "fp32",
         threads=threads or max(1, available_cores() // local),
         notes=tuple(notes),
         local_processes=local,
     )
+
+
+def hardware_precision() -> tuple[Precision, str]:
+    """bf16 where the hardware computes in it, else fp32; and why.
+
+    Torch is asked where it is loaded. Without it, as in a plan, of an accelerator only its presence is known.
+    """
+    if torch := sys.modules.get("torch"):
+        if torch.accelerator.is_available():
+            here = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            return ("bf16", "the GPU computes in it") if here else ("fp32", "the accelerator does not compute in bf16")
+    elif any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return "bf16", "if the GPU computes in it, else fp32"
+    if _CPU_BF16 & _cpu_flags():
+        return "bf16", "this processor computes in it"
+    return "fp32", "this processor does not compute in bf16"
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do, as Linux says; nothing elsewhere."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
 
 
 def available_cores() -> int:

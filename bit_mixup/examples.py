@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from bit_mixup.errors import DataError
-from bit_mixup.images import Bytes3d
+from bit_mixup.images import Bytes3d, stack_pictures
 from bit_mixup.sampling import Purpose, generator, row_at
 
 MEAN_SAMPLE = 2_048  # pictures that the mean picture is taken of
@@ -128,7 +128,7 @@ class TrainingStream:
             images = [self.view.train(picture, seed=seed, position=position) for position, picture, seed in pictures]
         except DataError as error:
             return error
-        return np.stack(images), self.part.labels[list(indices)]
+        return stack_pictures(images), self.part.labels[list(indices)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,7 +211,7 @@ class EvaluationView:
             images = [self.view.evaluate(picture) for picture in self.part.read(indices)]
         except DataError as error:
             return error
-        return np.stack(images), self.part.labels[list(indices)]
+        return stack_pictures(images), self.part.labels[list(indices)]
 
 
 def mean_image(part: Examples, view: View, *, seed: int) -> npt.NDArray[np.float32]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bit_mixup.checkpoint import digest_weights
 from bit_mixup.data import Part
-from bit_mixup.environment import versions
+from bit_mixup.environment import Precision, versions
 from bit_mixup.errors import CheckpointError, DataError
 from bit_mixup.examples import EvaluationView
 from bit_mixup.images import View
@@ -43,6 +43,7 @@ def kept_features(
     *,
     about: Mapping[str, Any],
     folder: Path,
+    precision: Precision = "fp32",
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> tuple[Tensor, list[str]]:
@@ -53,8 +54,9 @@ def kept_features(
         part: the examples.
         view: how their pictures are resized.
         accelerator: of this process.
-        about: what else decides them, as plain values: the network's arguments and the precision.
+        about: what else decides them, as plain values: the network's arguments.
         folder: where features are kept, those of all recipes.
+        precision: of convolutions.
         batch_size: of a forward pass, at most.
         num_workers: processes that decode pictures.
 
@@ -66,7 +68,8 @@ def kept_features(
     """
     council = Council(accelerator)
     with council.sharing_faults():
-        recipe = _recipe(model, view, accelerator, about) | {"pictures": digest_pictures(part) if council.is_main else ""}
+        recipe = _recipe(model, view, accelerator, {**about, "precision": precision})
+        recipe["pictures"] = digest_pictures(part) if council.is_main else ""
     recipe["pictures"] = council.gather(recipe["pictures"])[0]
     place = folder / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
     shape = (len(part), int(model.num_features))
@@ -76,7 +79,7 @@ def kept_features(
         return features, [f"features of {len(part):,} pictures read from {place}"]
     start = time.perf_counter()
     pictures = EvaluationView(part=part, view=view)
-    features = predict_features(model, pictures, accelerator, batch_size=batch_size, num_workers=num_workers)
+    features = predict_features(model, pictures, accelerator, batch_size=batch_size, num_workers=num_workers, precision=precision)
     took = f"{time.perf_counter() - start:.3g} s"
     notes = [f"NOTE: {damage}; they are computed anew"] if damage else []
     where = _keep(place, features, recipe) if council.is_main else ""

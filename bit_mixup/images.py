@@ -4,9 +4,11 @@ One picture at a time, in PIL and NumPy, without torch: decoding any mode to RGB
 happens later, on the device and in batches (`bit_mixup.models.normalize`).
 """
 
+import functools
 import io
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +95,14 @@ def open_encoded(encoded: dict[str, Any]) -> Image.Image:
         DataError: it is of another format than `FORMATS`, or of none; or its header declares more pixels than PIL's limit, so
             that decoding might fill the memory.
     """
+    with _unconcerned():
+        return _open(encoded)
+
+
+def _open(encoded: dict[str, Any]) -> Image.Image:
     file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") is not None else Path(encoded["path"])
     try:
-        with _unconcerned():
-            image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:  # whose own words name the buffer
         raise DataError(f"not a picture in a format that is read ({', '.join(FORMATS)}). Mend or remove the file.") from error
     except Image.DecompressionBombError as error:  # beyond twice the limit
@@ -130,7 +136,7 @@ def decode(encoded: dict[str, Any], *, where: str) -> Image.Image:
         DataError: it can not be decoded; the message starts with `where`.
     """
     try:
-        with _unconcerned(), open_encoded(encoded) as image:
+        with _unconcerned(), _open(encoded) as image:
             return to_rgb(image)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
@@ -159,7 +165,7 @@ class Traits:
 
 def read_traits(encoded: dict[str, Any]) -> Traits:
     """Of a picture that can be opened."""
-    with _unconcerned(), open_encoded(encoded) as image:
+    with _unconcerned(), _open(encoded) as image:
         transparent = " with transparency" if "transparency" in image.info else ""
         return Traits(size=image.size, mode=f"{image.mode}{transparent}", turned=_orientation(image) is not None)
 
@@ -182,9 +188,8 @@ class View:
 
     def train(self, image: Image.Image, *, seed: int, position: int) -> Bytes3d:
         """A random crop of the resized picture, perhaps mirrored, (3, crop, crop); drawn from the seed and the position."""
-        resized = squash(image, self.resize_size, self.interpolation)
         left, top, mirror = self.draws(seed=seed, position=position)
-        pixels = np.asarray(resized)[top : top + self.crop_size, left : left + self.crop_size]
+        pixels = squash_and_crop(image, self.resize_size, self.interpolation, left=left, top=top, crop_size=self.crop_size)
         return channels_first(pixels[:, ::-1] if mirror else pixels)
 
     def draws(self, *, seed: int, position: int) -> tuple[int, int, bool]:
@@ -203,6 +208,74 @@ def squash(image: Image.Image, edge: int, interpolation: str) -> Image.Image:
     return image.resize((edge, edge), RESAMPLING[interpolation])
 
 
+def squash_and_crop(
+    image: Image.Image, edge: int, interpolation: str, *, left: int, top: int, crop_size: int
+) -> npt.NDArray[np.uint8]:
+    """A crop of the squashed picture, (crop, crop, 3), bit for bit what cropping it gives; little else of it is computed.
+
+    PIL resizes a part of a picture by the same weights as the whole, if the part's edges are single precision numbers, as which
+    PIL takes them, and if it goes along rows and columns in the same order, for it rounds between the two. So a part is taken
+    that holds the crop and has such edges, and the crop is cut from it; where that would not do, from the whole.
+    """
+    width, height = image.size
+    (first, last), (upper, lower) = (
+        _exact_span(start, start + crop_size, edge, size) for start, size in ((left, width), (top, height))
+    )
+    size, box = (
+        (last - first, lower - upper),
+        (first * width / edge, upper * height / edge, last * width / edge, lower * height / edge),
+    )
+    columns_first = _pil_order()
+    same_order = columns_first is not None and columns_first(*image.size, *size) is columns_first(*image.size, edge, edge)
+    if interpolation == "nearest" or not same_order or any(float(np.float32(side)) != side for side in box):
+        size, box, first, upper = (edge, edge), (0.0, 0.0, width, height), 0, 0
+    part = np.asarray(image.resize(size, RESAMPLING[interpolation], box=box))
+    return part[top - upper : top - upper + crop_size, left - first : left - first + crop_size]
+
+
+def _exact_span(start: int, stop: int, edge: int, size: int) -> tuple[int, int]:
+    """The smallest span around the pixels from start to stop, of `edge` pixels that `size` were resized to, whose ends are binary
+    fractions of pixels of the picture as it was."""
+    odd = edge
+    while odd % 2 == 0:
+        odd //= 2
+    unit = odd // math.gcd(odd, size)
+    return start // unit * unit, -(-stop // unit) * unit
+
+
+@functools.cache
+def _pil_order() -> Callable[[int, int, int, int], bool] | None:
+    """Whether PIL goes along columns before it goes along rows, by width and height before and after.
+
+    As version 13 does, or as those before it, whichever agrees with what this one is seen to do; None where neither does.
+    """
+
+    def is_columns_first(width: int, height: int, across: int, down: int) -> bool:
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image, bilinear = Image.fromarray(noise), Image.Resampling.BILINEAR
+        columns_first = image.resize((width, down), bilinear).resize((across, down), bilinear)
+        return columns_first.tobytes() == image.resize((across, down), bilinear).tobytes()
+
+    known: list[Callable[[int, int, int, int], bool]] = [
+        lambda width, height, across, down: height > down and height - down > 2 * (width - across),
+        lambda width, height, across, down: False,
+    ]
+    sizes = ((12, 40, 10), (40, 12, 10), (14, 19, 10), (14, 18, 10), (6, 9, 10), (6, 11, 10), (9, 14, 7))
+    trials = [(width, height, edge, edge) for width, height, edge in sizes]
+    found = [is_columns_first(*trial) for trial in trials]
+    return next((rule for rule in known if [rule(*trial) for trial in trials] == found), None)
+
+
 def channels_first(pixels: npt.NDArray[np.uint8]) -> Bytes3d:
-    """(H, W, 3) as (3, H, W), in memory of its own."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    """(H, W, 3) as (3, H, W): the same bytes, looked at otherwise."""
+    return pixels.transpose(2, 0, 1)
+
+
+def stack_pictures(pictures: Sequence[Bytes3d]) -> npt.NDArray[np.uint8]:
+    """Pictures (3, H, W) as one array (N, 3, H, W) that lies channels last, as they do and as networks take it: nothing is
+    transposed on the way."""
+    channels, height, width = pictures[0].shape
+    stacked = np.empty((len(pictures), height, width, channels), dtype=np.uint8)
+    for place, picture in enumerate(pictures):
+        stacked[place] = picture.transpose(1, 2, 0)
+    return stacked.transpose(0, 3, 1, 2)

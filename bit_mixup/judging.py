@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.models.resnetv2 import ResNetV2
@@ -16,6 +15,7 @@ from bit_mixup.diagnostics import adversarial_errors, in_between, jacobian_norms
 from bit_mixup.evaluation import EvaluationReport, evaluate
 from bit_mixup.examples import EvaluationView
 from bit_mixup.expansion import DataMeans, decompose_loss
+from bit_mixup.images import stack_pictures
 from bit_mixup.models import Network, Normalize, build_bit, forward
 from bit_mixup.planning import Plan
 from bit_mixup.prediction import predict_logits
@@ -154,7 +154,15 @@ def _logits(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     view = EvaluationView(part=part, view=plan.view)
-    return predict_logits(model, view, accelerator, batch_size=plan.pictures_at_a_time, num_workers=workers, change=change)
+    return predict_logits(
+        model,
+        view,
+        accelerator,
+        batch_size=plan.pictures_at_a_time,
+        num_workers=workers,
+        precision=plan.environment.scoring_precision,
+        change=change,
+    )
 
 
 def watch_scores(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int) -> Callable[[int, Network], None] | None:
@@ -188,7 +196,7 @@ def _diagnose(plan: Plan, model: ResNetV2) -> dict[str, Any]:
 
     def sample(part: Part, index: int) -> tuple[Tensor, Tensor]:
         rows = generator(seed, Purpose.DIAGNOSTICS, index).permutation(len(part))[:DIAGNOSED].tolist()
-        pictures = np.stack([plan.view.evaluate(picture) for picture in part.read(rows)])
+        pictures = stack_pictures([plan.view.evaluate(picture) for picture in part.read(rows)])
         images = normalize(torch.from_numpy(pictures).to(device), next(model.parameters()).dtype)
         return images, torch.from_numpy(part.labels[rows]).to(device)
 

@@ -191,6 +191,13 @@ def fold_weight_standardisation(model: ResNetV2) -> ResNetV2:
     return folded
 
 
+def round_filters(model: ResNetV2, dtype: torch.dtype) -> None:
+    """Casts the filters of all convolutions but the head, in place; norms and head keep their type."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and not name.startswith(_HEAD.rstrip(".")):
+            module.to(dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StdEpsEffect:
     """What the choice of `std_eps` does to a model.
@@ -289,6 +296,8 @@ def forward(
     else:
         features = model.forward_head(_feature_maps(model, images, stage, change_stage), pre_logits=True)
     head: Any = model.get_classifier()
+    if not torch.is_autocast_enabled(features.device.type):
+        features = features.to(head.weight.dtype)  # of filters in half precision
     return F.linear(change_features(features) if change_features else features, head.weight.flatten(1), head.bias)
 
 
@@ -335,11 +344,11 @@ class Normalize:
         return mean, std
 
 
-def as_input(model: Network, batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a network takes: of pictures (N, 3, H, W) uint8 normalised ones, channels last; features (N, F) as they are."""
+def as_input(model: Network, batch: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """What a network takes: of pictures (N, 3, H, W) uint8 normalised ones, laid out as asked; features (N, F) as they are."""
     if isinstance(model, LinearProbe):
         return batch.to(dtype)
-    return Normalize.of(model)(batch, dtype).contiguous(memory_format=torch.channels_last)
+    return Normalize.of(model)(batch, dtype).contiguous(memory_format=memory_format)
 
 
 def save_model(model: ResNetV2, folder: Path, *, label_names: Sequence[str], view: View, std_eps: float) -> None:

@@ -111,7 +111,8 @@ class ReadableView:
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Pictures (N, 3, crop, crop), and whether they could be read (N,)."""
-        images = np.zeros((len(indices), 3, self.view.crop_size, self.view.crop_size), dtype=np.uint8)
+        edge = self.view.crop_size
+        images = np.zeros((len(indices), edge, edge, 3), dtype=np.uint8).transpose(0, 3, 1, 2)  # which lies channels last
         readable = np.ones(len(indices), dtype=np.int64)
         for place, index in enumerate(indices):
             try:

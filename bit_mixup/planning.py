@@ -311,6 +311,7 @@ class Plan:
         return [
             f"{env.precision} ({env.precision_from}), {env.threads} thread(s) on the CPU, "
             f"{about} {size_text(self.memory_bytes())} of memory for each process beside the libraries",
+            self.config.speedups.as_text(),
             *env.notes,
         ]
 

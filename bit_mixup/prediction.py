@@ -11,11 +11,59 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 from tqdm import tqdm
 
+from bit_mixup.environment import Precision
 from bit_mixup.errors import MemoryShortError
 from bit_mixup.examples import EvaluationView
+from bit_mixup.layers import make_quick
 from bit_mixup.loading import load_batches
 from bit_mixup.memory import avoid_broken_primitives, is_out_of_memory, release_memory
-from bit_mixup.models import Normalize, fold_weight_standardisation, forward
+from bit_mixup.models import Normalize, fold_weight_standardisation, forward, round_filters
+
+
+class Predictor:
+    """What gives a model's logits and features soonest: a copy with weight standardisation folded into its filters.
+
+    Folding is exact; channels last, as which the copy is laid out, changes rounding. Where memory does not do for a copy, it is
+    the model itself.
+
+    Args:
+        model: is moved to the device and set to evaluation mode.
+        device: to predict on.
+        precision: of convolutions. In bf16 on a CPU the copy's filters are rounded once, not in each pass; logits are fp32.
+    """
+
+    def __init__(self, model: ResNetV2, device: torch.device, *, precision: Precision = "fp32") -> None:
+        self.network = model.to(device).eval()
+        self.dtype = next(model.parameters()).dtype
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        try:
+            self.network = fold_weight_standardisation(model).to(memory_format=torch.channels_last)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if self.network is model:
+            release_memory()
+        else:
+            make_quick(self.network)
+            if self.half is torch.bfloat16 and device.type == "cpu":
+                self.dtype, self.half = torch.bfloat16, None
+                round_filters(self.network, self.dtype)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, K) of normalised images (N, 3, H, W), fp32 where convolutions are in half precision."""
+        return self._forward(images, lambda pictures: forward(self.network, pictures))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (N, F) of normalised images (N, 3, H, W), likewise."""
+        return self._forward(
+            images, lambda pictures: self.network.forward_head(self.network.forward_features(pictures), pre_logits=True)
+        )
+
+    def _forward(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        pictures = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None):
+            outputs = network(pictures)
+        return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 def predict_logits(
@@ -25,6 +73,7 @@ def predict_logits(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    precision: Precision = "fp32",
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Logits of all examples, (N, K) float32 on the CPU, in their order and in every process.
@@ -37,47 +86,29 @@ def predict_logits(
         accelerator: of this process.
         batch_size: of a forward pass, at most: less where memory does not do.
         num_workers: processes that decode pictures.
+        precision: of convolutions.
         change: applied to normalised pictures (n, 3, H, W) before the model sees them.
     """
-    network = ready_to_predict(model, accelerator.device)
+    predictor = Predictor(model, accelerator.device, precision=precision)
 
     def logits_of(images: Tensor) -> Tensor:
-        return forward(network, change(images) if change else images)
+        return predictor.logits(change(images) if change else images)
 
     return _predict(model, view, accelerator, logits_of, int(model.num_classes), batch_size, num_workers)
 
 
 def predict_features(
-    model: ResNetV2, view: EvaluationView, accelerator: Accelerator, *, batch_size: int = 64, num_workers: int = 0
+    model: ResNetV2,
+    view: EvaluationView,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Pooled features of all examples, (N, F) float32, as `predict_logits` gives logits."""
-    network = ready_to_predict(model, accelerator.device)
-
-    def features_of(images: Tensor) -> Tensor:
-        features: Tensor = network.forward_head(network.forward_features(images), pre_logits=True)
-        return features
-
-    return _predict(model, view, accelerator, features_of, int(model.num_features), batch_size, num_workers)
-
-
-def ready_to_predict(model: ResNetV2, device: torch.device) -> ResNetV2:
-    """What gives a model's logits and features soonest: a copy with weight standardisation folded into its filters.
-
-    Folding is exact; channels last, as which the copy is laid out, changes rounding. Where memory does not do for a copy, it is
-    the model itself.
-
-    Args:
-        model: is moved to the device and set to evaluation mode.
-        device: to predict on.
-    """
-    model.to(device).eval()
-    try:
-        return fold_weight_standardisation(model).to(memory_format=torch.channels_last)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    release_memory()
-    return model
+    predictor = Predictor(model, accelerator.device, precision=precision)
+    return _predict(model, view, accelerator, predictor.features, int(model.num_features), batch_size, num_workers)
 
 
 @torch.no_grad()
@@ -99,8 +130,7 @@ def _predict(
     loaded = load_batches(view, lists, num_workers=num_workers, device=accelerator.device)
     with torch.inference_mode(), closing(loaded) as batches:
         for images, _ in tqdm(batches, **shown):
-            with accelerator.autocast():
-                parts.append(in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
+            parts.append(in_pieces_that_fit(outputs_of, normalize(images, dtype)).float())
     outputs = torch.cat(parts)
     longest = len(shares[0])
     padded = torch.cat([outputs, outputs.new_zeros(longest - len(outputs), width)])

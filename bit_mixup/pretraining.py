@@ -150,6 +150,7 @@ class PretrainPlan:
             ("machine", f"{self.environment.precision} ({self.environment.precision_from}), "
                         f"{self.environment.threads} thread(s), about {size_text(self.memory_bytes(micro))} of memory for each "
                         "process beside the libraries"),
+            ("", self.config.speedups.as_text()),
             *(("", note) for note in self.environment.notes),
             ("writes", f"{self.run.path}/"),
         ]  # fmt: skip
@@ -291,6 +292,7 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
             known=run.recorded_micro_batch(accelerator.num_processes) if config.resume else None,
             local_processes=plan.environment.local_processes,
             objective=objective,
+            speedups=config.speedups,
             seed=config.seed,
         )
         plan = replace(plan, cuts=cuts)
@@ -319,6 +321,7 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
         cuts=plan.cuts,
         run=run,
         objective=objective,
+        speedups=config.speedups,
         seed=config.seed,
         num_workers=workers,
         log_every=config.log_every,
@@ -373,7 +376,8 @@ def _score(
         return None
     view = EvaluationView(part=test, view=plan.view)
     batch_size = max(cut.size for cuts in plan.cuts for cut in cuts)
-    logits = predict_logits(model, view, accelerator, batch_size=batch_size, num_workers=workers)
+    precision = plan.environment.scoring_precision
+    logits = predict_logits(model, view, accelerator, batch_size=batch_size, num_workers=workers, precision=precision)
     score = evaluate_multi_label if plan.data.multi_label else evaluate
     return score(logits, torch.from_numpy(test.labels[list(range(len(test)))]), plan.data.class_names)
 

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from tyro.conf import Positional
 
 from bit_mixup.config import check_fields
+from bit_mixup.environment import Precision
 from bit_mixup.errors import ConfigError
 
 _LEAST = {"top": 1, "batch_size": 1, "threads": 1, "num_workers": 0, "resamples": 100, "seed": 0}
@@ -54,6 +55,8 @@ class PredictConfig(Request):
     """Processes that decode pictures."""
     threads: int | None = None
     """Torch's threads. None: the cores."""
+    precision: Precision = "fp32"
+    """Of convolutions: bf16 takes half the time where the hardware computes in it; fp16 needs an accelerator."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
 
@@ -88,6 +91,8 @@ class EvaluateConfig(Request):
     """Processes that decode pictures."""
     threads: int | None = None
     """Torch's threads. None: the cores."""
+    precision: Precision = "fp32"
+    """Of convolutions: bf16 takes half the time where the hardware computes in it; fp16 needs an accelerator."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
 

@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset
 from bit_mixup.data import UNLABELLED, ImageDataset, find_image_column, find_label_column, find_split, load_image_dataset
 from bit_mixup.errors import DataError
 from bit_mixup.examples import Batch, View
-from bit_mixup.images import decode
+from bit_mixup.images import decode, stack_pictures
 from bit_mixup.sampling import Purpose, generator
 from bit_mixup.sources import TEST_SPLITS, StreamedSource, open_stream
 from bit_mixup.weights import size_text
@@ -210,7 +210,7 @@ class StreamedExamples:
             images = [self.view.train(picture, seed=self.seed, position=position) for picture, position in views]
         except DataError as error:
             return error
-        return np.stack(images), np.array([example.label for example in examples], dtype=np.int64)
+        return stack_pictures(images), np.array([example.label for example in examples], dtype=np.int64)
 
     def _at(self, position: int) -> _Example:
         step, offset = divmod(position, self.batch_size)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,11 +13,13 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from bit_mixup.checkpoint import digest_weights, restore_checkpoint, save_checkpoint
+from bit_mixup.environment import Speedups
 from bit_mixup.errors import Interrupted, MemoryShortError, NonFiniteError
 from bit_mixup.expansion import DataMeans
 from bit_mixup.hyperrule import HyperParameters, learning_rate
 from bit_mixup.interruption import Interruption
 from bit_mixup.laws import TrainingLaw
+from bit_mixup.layers import KeptFilters, quick_layers
 from bit_mixup.loading import Stream, load_batches
 from bit_mixup.losses import training_loss
 from bit_mixup.memory import (
@@ -54,6 +56,7 @@ def train(
     means: DataMeans | None = None,
     watch: Callable[[int, Trained], None] | None = None,
     watch_every: int = 1,
+    speedups: Speedups = Speedups(),  # noqa: B008  (it is frozen)
     seed: int = 0,
     num_workers: int = 0,
     log_every: int = 10,
@@ -79,6 +82,7 @@ def train(
         means: of the training set, where `law.needs_means`.
         watch: called with the number of steps done and the model, in all processes; must leave the weights alone.
         watch_every: period in steps of these calls; there is always one at the end.
+        speedups: how steps are computed; of the result they change rounding alone.
         seed: of all that the law draws.
         num_workers: processes that decode pictures.
         log_every: period in steps at which the device is waited for, metrics are written and losses are checked.
@@ -96,46 +100,48 @@ def train(
         ProcessError: processes start from different weights or steps.
         Interrupted: a signal asked for it; a checkpoint of the last step holds all.
     """
-    model.to(accelerator.device).to(memory_format=torch.channels_last)  # the bundled model's step takes a fifth less CPU time so
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
-    done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
-    work = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, num_workers)
-    wrapped = accelerator.prepare_optimizer(optimizer)
-    council = Council(accelerator)
-    council.agree(lambda: {"the steps done": first_step, "the weights (digest)": digest_weights(model)})
-    log = StepLog(accelerator, run, stream, hyper, first_step=first_step)
-    work.cut(cuts, first_step=first_step)
-    model.train()
-    with Interruption(deferring=True) as signals, closing(work), closing(log):
-        while done < hyper.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done, hyper)
-            losses = work.fitting(done)
-            memory_is_short, stopping = council.largest(losses is None, signals.number)
-            if losses is None or memory_is_short:  # here or in another process
+    setting = model, stream, hyper, accelerator, law, objective, means, speedups, seed, num_workers
+    with closing(StepWork(*setting)) as work, Interruption(deferring=True) as signals:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A fused step hides from Accelerate whether fp16's loss scale was too large.
+        fused = speedups.fused_optimizer and accelerator.scaler is None
+        optimizer = torch.optim.SGD(trained, lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay, fused=fused)
+        done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
+        wrapped = accelerator.prepare_optimizer(optimizer)
+        council = Council(accelerator)
+        council.agree(lambda: {"the steps done": first_step, "the weights (digest)": digest_weights(model)})
+        work.cut(cuts, first_step=first_step)
+        model.train()
+        with closing(StepLog(accelerator, run, stream, hyper, work, first_step=first_step)) as log:
+            while done < hyper.steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(done, hyper)
+                losses = work.fitting(done)
+                memory_is_short, stopping = council.largest(losses is None, signals.number)
+                if losses is None or memory_is_short:  # here or in another process
+                    wrapped.zero_grad()
+                    log.say(work.retreat(done))
+                    continue
+                _sum_gradients(model, accelerator)
+                wrapped.step()
                 wrapped.zero_grad()
-                log.say(work.retreat(done))
-                continue
-            _sum_gradients(model, accelerator)
-            wrapped.step()
-            wrapped.zero_grad()
-            log.add(done, *losses, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
-            done += 1
-            saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
-            if saving or stopping or (watch and watching) or done % log_every == 0:
-                log.flush()
-            if watch and watching:
-                watch(done, model)
-                model.train()
-            if (saving or stopping) and accelerator.is_main_process:
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
-            if stopping:
-                accelerator.wait_for_everyone()
-                raise Interrupted(stopping, f"stopped after step {done}; {run.checkpoint(done)} holds it. Go on with --resume.")
+                log.add(done, *losses, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
+                done += 1
+                saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
+                if saving or stopping or (watch and watching) or done % log_every == 0:
+                    log.flush()
+                if watch and watching:
+                    watch(done, model)
+                    model.train()
+                if (saving or stopping) and accelerator.is_main_process:
+                    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                    save_checkpoint(run, done, model, optimizer, scaler=scaler, keep=keep_checkpoints)
+                if stopping:
+                    accelerator.wait_for_everyone()
+                    raise Interrupted(
+                        stopping, f"stopped after step {done}; {run.checkpoint(done)} holds it. Go on with --resume."
+                    )
     accelerator.wait_for_everyone()
-    model.to(memory_format=torch.contiguous_format)
     return model
 
 
@@ -151,6 +157,7 @@ def fit_micro_batch(
     local_processes: int = 1,
     objective: Objective = SoftmaxCrossEntropy(),  # noqa: B008  (it has no state)
     means: DataMeans | None = None,
+    speedups: Speedups = Speedups(),  # noqa: B008  (it is frozen)
     seed: int = 0,
 ) -> Cuts:
     """The cut into the largest micro-batches that fit into memory, by an estimate and then by trying the first of them.
@@ -166,6 +173,7 @@ def fit_micro_batch(
         local_processes: that share this machine.
         objective: as in `train`.
         means: as in `train`.
+        speedups: as in `train`.
         seed: as in `train`.
 
     Raises:
@@ -174,8 +182,9 @@ def fit_micro_batch(
     world, group_size = accelerator.num_processes, law.group_size
     if known is not None:
         return cut_batch(hyper.batch_size, num_processes=world, micro_batch=known, group_size=group_size)
-    model.to(accelerator.device).to(memory_format=torch.channels_last).train()
-    work, council = StepWork(model, stream, hyper, accelerator, law, objective, means, seed, 0), Council(accelerator)
+    work = StepWork(model, stream, hyper, accelerator, law, objective, means, speedups, seed, 0)
+    model.train()
+    council = Council(accelerator)
     free = -council.largest(-free_bytes(accelerator.device, local_processes=local_processes))[0]  # where there is least
 
     def attempt(cuts: Cuts) -> bool:
@@ -185,9 +194,10 @@ def fit_micro_batch(
         release_memory()
         return not council.largest(losses is None)[0]
 
-    return find_cuts(
-        batch_size=hyper.batch_size, num_processes=world, group_size=group_size, estimate=estimate, free=free, attempt=attempt
-    )
+    with closing(work):
+        return find_cuts(
+            batch_size=hyper.batch_size, num_processes=world, group_size=group_size, estimate=estimate, free=free, attempt=attempt
+        )
 
 
 @dataclass
@@ -195,7 +205,7 @@ class StepWork:
     """The backward passes of a step, in pieces that fit into memory.
 
     Args:
-        model: on its device.
+        model: is moved to the device, and set up for training until `close`.
         stream: as in `train`, and so on.
     """
 
@@ -206,17 +216,27 @@ class StepWork:
     law: TrainingLaw
     objective: Objective
     means: DataMeans | None
+    speedups: Speedups
     seed: int
     num_workers: int
 
     def __post_init__(self) -> None:
+        last = self.speedups.memory_format == "channels_last"
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        self.model.to(self.accelerator.device).to(memory_format=self.memory_format)
+        self.setting = ExitStack()
+        if self.speedups.quick_layers:  # approximate mixup differentiates twice
+            self.setting.enter_context(quick_layers(self.model, norms=self.law.form != "approximate"))
         self.dtype = next(self.model.parameters()).dtype
         self.checkpointing = False
+        self.waited = 0.0  # seconds
         self.batches = self._batches([])
 
     def close(self) -> None:
-        """Ends the processes that decode pictures, and leaves the model as it was set up."""
+        """Ends the processes that decode pictures, and leaves the model as it was."""
         self.batches.close()
+        self.setting.close()
+        self.model.to(memory_format=torch.contiguous_format)
         if self.checkpointing:
             self.model.set_grad_checkpointing(False)
 
@@ -246,21 +266,42 @@ class StepWork:
         that it could be."""
         loss_sum = torch.zeros((), device=self.accelerator.device, dtype=self.dtype)
         floor_sum = torch.zeros_like(loss_sum)
-        for cut in cuts:
-            images, labels = next(self.batches)
-            images = as_input(self.model, images, self.dtype)
-            targets = self.objective.targets(labels, num_classes=int(self.model.num_classes), dtype=self.dtype)
-            place = Place(seed=self.seed, step=step, start=cut.positions(step, self.hyper.batch_size).start, groups=cut.groups)
-            with self.accelerator.autocast():
-                loss, floor = training_loss(
-                    self.model, images, targets, law=self.law, mixes=self.law.mixes_at(step, self.hyper.steps), means=self.means,
-                    objective=self.objective, place=place,
-                )  # fmt: skip
-            loss = loss * (cut.weight / self.hyper.batch_size)
-            self.accelerator.backward(loss)
-            loss_sum += loss.detach()
-            floor_sum += floor.detach() * (cut.weight / self.hyper.batch_size)
+        with self._filters(len(cuts)):
+            for cut in cuts:
+                images, labels = self.next_batch()
+                images = as_input(self.model, images, self.dtype, self.memory_format)
+                targets = self.objective.targets(labels, num_classes=int(self.model.num_classes), dtype=self.dtype)
+                start = cut.positions(step, self.hyper.batch_size).start
+                place = Place(seed=self.seed, step=step, start=start, groups=cut.groups)
+                with self.accelerator.autocast():
+                    loss, floor = training_loss(
+                        self.model, images, targets, law=self.law, mixes=self.law.mixes_at(step, self.hyper.steps),
+                        means=self.means, objective=self.objective, place=place,
+                    )  # fmt: skip
+                loss = loss * (cut.weight / self.hyper.batch_size)
+                self.accelerator.backward(loss)
+                loss_sum += loss.detach()
+                floor_sum += floor.detach() * (cut.weight / self.hyper.batch_size)
         return loss_sum, floor_sum
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next pictures and labels, on the device."""
+        since = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - since
+        return batch
+
+    def take_waited(self) -> float:
+        """Seconds that were spent on waiting for pictures since this was asked last."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def _filters(self, passes: int) -> AbstractContextManager[None]:
+        """Standardised filters for all passes of a step, where there are several."""
+        if passes < 2 or not (self.speedups.quick_layers and self.speedups.keep_filters):
+            return nullcontext()
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return KeptFilters(self.model).for_passes(half)
 
     def retreat(self, step: int) -> str:
         """Makes less be computed at a time from a step on, alike in all processes, and says what; the result stays the same.
@@ -299,10 +340,19 @@ def _sum_gradients(model: Network, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    summed = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
-    for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    gradients = [_as_it_lies(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    summed = accelerator.reduce(torch.cat(gradients), reduction="sum")
+    for gradient, part in zip(gradients, summed.split([len(gradient) for gradient in gradients]), strict=True):
+        gradient.copy_(part)
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor in the order in which they lie in memory, without a copy.
+
+    A gradient lies as its parameter does, and so in all processes alike.
+    """
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return (tensor.permute(0, 2, 3, 1) if last else tensor).view(-1)
 
 
 @dataclass
@@ -314,6 +364,7 @@ class StepLog:
         run: where metrics are written.
         stream: names the examples of a bad step.
         hyper: for rates and batch size.
+        work: knows how long pictures were waited for.
         first_step: of this start of the run.
     """
 
@@ -321,6 +372,7 @@ class StepLog:
     run: RunFolder
     stream: Stream
     hyper: HyperParameters
+    work: StepWork
     first_step: int
     _waiting: list[tuple[int, Tensor, Tensor, Tensor, bool]] = field(default_factory=list)
 
@@ -350,7 +402,8 @@ class StepLog:
         self._waiting.clear()
         values, least = self.accelerator.reduce(torch.stack([torch.stack(losses), torch.stack(floors)]), reduction="sum").tolist()
         finite_norms = torch.stack(norms).isfinite().tolist()
-        speed = len(steps) * self.hyper.batch_size / (time.perf_counter() - self._since)
+        seconds = time.perf_counter() - self._since
+        speed, waited = len(steps) * self.hyper.batch_size / seconds, self.work.take_waited() / seconds
         rows = [
             {
                 "step": step,
@@ -367,7 +420,11 @@ class StepLog:
         if self.accelerator.is_main_process:
             self.run.add_metrics(rows[:bad])
             self._bar.set_postfix(
-                loss=f"{values[-1]:.4f}", lr=f"{rows[-1]['lr']:.2g}", images_per_s=f"{speed:.0f}", refresh=False
+                loss=f"{values[-1]:.4f}",
+                lr=f"{rows[-1]['lr']:.2g}",
+                images_per_s=f"{speed:.0f}",
+                data_wait=f"{waited:.0%}",
+                refresh=False,
             )
             self._bar.update(bad)
         for row in rows[:bad]:

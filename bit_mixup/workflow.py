@@ -37,6 +37,7 @@ from bit_mixup.launching import (
     torch_threads,
 )
 from bit_mixup.laws import NEIGHBOURS
+from bit_mixup.layers import make_quick
 from bit_mixup.loading import Stream
 from bit_mixup.memory import memory_explained
 from bit_mixup.models import (
@@ -144,6 +145,7 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
             known=run.recorded_micro_batch(accelerator.num_processes) if config.resume else None,
             local_processes=plan.environment.local_processes,
             means=means,
+            speedups=config.speedups,
             seed=config.seed,
         )
         plan = replace(plan, cuts=cuts)
@@ -177,6 +179,7 @@ def _run(plan: Plan, accelerator: Accelerator) -> TransferResult:
         run=run,
         watch=watch_scores(plan, model, accelerator, workers),
         watch_every=config.score_every or 1,
+        speedups=config.speedups,
         seed=config.seed,
         num_workers=0 if plan.streamed or plan.probes else workers,  # one process reads the stream; features are at hand
         log_every=config.log_every,
@@ -231,7 +234,9 @@ def _stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, workers: int)
     if plan.law.partner == "same_class":
         return PartneredStream(stream=stream, candidates=same_class_candidates(plan.data.train.labels))
     view = EvaluationView(part=plan.data.train, view=plan.view)
-    features = predict_features(model, view, accelerator, batch_size=plan.largest_micro_batch, num_workers=workers)
+    precision = plan.environment.precision
+    batch_size = plan.largest_micro_batch
+    features = predict_features(model, view, accelerator, batch_size=batch_size, num_workers=workers, precision=precision)
     return PartneredStream(stream=stream, candidates=nearest_neighbours(features, NEIGHBOURS))
 
 
@@ -247,9 +252,9 @@ def _feature_stream(plan: Plan, model: ResNetV2, accelerator: Accelerator, worke
             "architecture": weights.architecture,
             "model_args": dict(weights.model_args),
             "std_eps": std_eps,
-            "precision": plan.environment.precision,
         },
         folder=feature_folder(),
+        precision=plan.environment.scoring_precision,
         batch_size=plan.pictures_at_a_time,
         num_workers=workers,
     )
@@ -336,7 +341,12 @@ def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
         ).to(device)
         assert isinstance(model, ResNetV2)
         freeze(model, plan.config.trainable)
+        if plan.config.quick_layers:
+            make_quick(model)
         images = torch.randn(size, 3, hyper.crop_size, hyper.crop_size, device=device)
+        if plan.config.memory_format == "channels_last":
+            model.to(memory_format=torch.channels_last)
+            images = images.to(memory_format=torch.channels_last)
         labels = torch.zeros(size, dtype=torch.int64, device=device)
         amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.environment.precision]
         for timed in range(timed_steps + 1):

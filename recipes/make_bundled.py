@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
-    parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--steps", type=int, default=26_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--base-lr", type=float, default=0.2)
     parser.add_argument("--channels", type=int, nargs=4, default=list(CHANNELS), help="of the four stages")

@@ -46,10 +46,12 @@ import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
+from bit_mixup import environment  # noqa: E402
 from bit_mixup.images import View  # noqa: E402
 from bit_mixup.models import save_model  # noqa: E402
 
 datasets.config.USE_PARQUET_EXPORT = False
+environment.CPU_INFO = Path(SCRATCH.name) / "no_cpuinfo"  # a processor without bf16, so that tests are the same on all
 torch.set_num_threads(1)
 
 # Stock timm builds it: one normalisation group lets channels be few. The last feature map of a 40 px picture is 2 x 2.

@@ -19,7 +19,7 @@ from bit_mixup.cli import main as command
 from bit_mixup.errors import ConfigError, WeightsError
 from bit_mixup.export import export_model
 from bit_mixup.models import fold_weight_standardisation, load_bit
-from bit_mixup.prediction import ready_to_predict
+from bit_mixup.prediction import Predictor
 from bit_mixup.unmixing import RULES
 from bit_mixup.workflow import TransferResult
 
@@ -153,7 +153,7 @@ def test_folding_is_exact(run: TransferResult, dtype: torch.dtype, tolerance: fl
 def test_prediction_does_without_a_copy_where_memory_does(run: TransferResult) -> None:
     model = load_bit(str(run.output_dir / "model"), keep_head=True)
     pictures = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    folded = ready_to_predict(model, torch.device("cpu"))
+    folded = Predictor(model, torch.device("cpu")).network
     assert not any(isinstance(module, StdConv2d) for module in folded.modules())
 
     class Large(torch.nn.Identity):
@@ -161,7 +161,7 @@ def test_prediction_does_without_a_copy_where_memory_does(run: TransferResult) -
             raise MemoryError
 
     model.large = Large()
-    as_it_is = ready_to_predict(model, torch.device("cpu"))
+    as_it_is = Predictor(model, torch.device("cpu")).network
     assert as_it_is is model
     assert not model.training
     with torch.no_grad():

@@ -18,7 +18,19 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A file imports only from floors below its own, so files of one floor never import each other.
 FLOORS = [
     {"errors", "catalog", "hub"},
-    {"theory", "hyperrule", "sampling", "storage", "environment", "weights", "objectives", "interruption", "voting", "archives"},
+    {
+        "theory",
+        "hyperrule",
+        "sampling",
+        "storage",
+        "environment",
+        "weights",
+        "objectives",
+        "interruption",
+        "voting",
+        "archives",
+        "layers",
+    },
     {"laws", "corruption", "calibration", "expansion", "images", "runs", "loading", "memory", "outcomes"},
     {
         "mixup",
@@ -68,6 +80,7 @@ NO_TORCH = set(FILES) - {
     "scoring",
     "comparison",
     "export",
+    "layers",
 }
 
 

@@ -12,11 +12,13 @@ import numpy.typing as npt
 import pytest
 import torch
 import torchvision.transforms.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from bit_mixup.errors import DataError
-from bit_mixup.images import FORMATS, View, decode, to_rgb
+from bit_mixup.images import FORMATS, RESAMPLING, View, decode, squash_and_crop, stack_pictures, to_rgb
 from bit_mixup.models import Normalize
 
 Pixels = npt.NDArray[Any]
@@ -72,6 +74,28 @@ def test_views_equal_torchvision_one_picture_at_a_time(interpolation: str, flip:
     assert len(ours) == len(theirs) == 2 * 28
     assert set(mirrored) == ({True, False} if flip else {False})
     assert torch.equal(Normalize(mean, std)(torch.from_numpy(np.stack(ours))), torch.stack(theirs))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_crop_is_cut_from_the_squashed_picture_bit_for_bit(data: st.DataObject) -> None:
+    """Of any sizes; the whole squashed picture is the reference, which `View` itself never computes."""
+    width, height = data.draw(st.integers(1, 90), "width"), data.draw(st.integers(1, 90), "height")
+    edge = data.draw(st.integers(1, 70), "edge")
+    crop = data.draw(st.integers(1, edge), "crop")
+    left, top = (data.draw(st.integers(0, edge - crop), side) for side in ("left", "top"))
+    name = data.draw(st.sampled_from(sorted(RESAMPLING)), "interpolation")
+    image = Image.fromarray(np.random.default_rng(width * 100 + height).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    found = squash_and_crop(image, edge, name, left=left, top=top, crop_size=crop)
+    whole = np.asarray(image.resize((edge, edge), RESAMPLING[name]))
+    np.testing.assert_array_equal(found, whole[top : top + crop, left : left + crop])
+
+
+def test_stacked_pictures_lie_channels_last() -> None:
+    pictures = [np.random.default_rng(index).integers(0, 256, (3, 5, 7), dtype=np.uint8) for index in range(4)]
+    stacked = stack_pictures(pictures)
+    np.testing.assert_array_equal(stacked, np.stack(pictures))
+    assert torch.from_numpy(stacked).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_interpolations_differ() -> None:

@@ -33,6 +33,7 @@ from bit_mixup.checkpoint import restore_checkpoint, save_checkpoint
 from bit_mixup.cli import main
 from bit_mixup.config import DistillConfig, PretrainConfig, TransferConfig, configure
 from bit_mixup.data import load_image_dataset
+from bit_mixup.environment import Speedups
 from bit_mixup.errors import CheckpointError, ConfigError, DataError, WeightsError
 from bit_mixup.evaluation import evaluate
 from bit_mixup.examples import ArrayImages, EvaluationView
@@ -202,7 +203,7 @@ def test_a_gradient_is_that_of_the_batch_however_it_is_cut(data: st.DataObject, 
         """Gradient and loss, summed over the processes."""
         total: tuple[Tensor, Tensor] = (torch.tensor(0.0), torch.tensor(0.0))
         for index in range(len(cuts)):
-            work = StepWork(model, stream, hyper, Rank(index, len(cuts)), law, SoftmaxCrossEntropy(), None, 5, 0)
+            work = StepWork(model, stream, hyper, Rank(index, len(cuts)), law, SoftmaxCrossEntropy(), None, Speedups(), 5, 0)
             work.cut(cuts, first_step=step)
             for _ in range(retreats):
                 if not work.checkpointing:
