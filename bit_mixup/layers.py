@@ -41,14 +41,10 @@ class QuickConv(StdConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """As timm's."""
         weight = standardise(self.weight, self.eps) if self.kept is None else self.kept
-        if self._is_product and x.is_contiguous(memory_format=torch.channels_last):
+        by_pixels = (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        if by_pixels and is_bf16_channels_last(x):  # a matrix product, for which there are quicker kernels where maps are small
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    @property
-    def _is_product(self) -> bool:
-        """Whether it is a matrix product by pixels."""
-        return (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 class QuickGroupNorm(GroupNormAct):
@@ -57,7 +53,7 @@ class QuickGroupNorm(GroupNormAct):
     def forward(self, x: Tensor) -> Tensor:
         """As timm's."""
         normed: Any
-        if suits_narrow_groups(x, self.num_groups):
+        if x.shape[1] // self.num_groups < WIDE_GROUP and is_bf16_channels_last(x):
             normed = NarrowGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         else:
             normed = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -65,14 +61,14 @@ class QuickGroupNorm(GroupNormAct):
         return activated
 
 
-def suits_narrow_groups(x: Tensor, num_groups: int) -> bool:
-    """Whether `NarrowGroupNorm` takes less time than torch's own group normalisation of some feature maps (N, C, H, W).
+def is_bf16_channels_last(x: Tensor) -> bool:
+    """Whether feature maps (N, C, H, W) are of a kind for which torch's own kernels are not the quickest.
 
-    Measured for the layers of R50x1 at 128 pixels (`benchmarks/training.py`): of bf16 on CPUs, channels last, with fewer than 16
-    channels a group, torch's takes two to ten times as long.
+    Measured for the layers of R50x1 at 128 pixels on CPUs (`benchmarks/layers.py`): with fewer than 16 channels a group torch's
+    group normalisation takes two to ten times as long as `NarrowGroupNorm`, and where maps are small its 1 x 1 convolution up to
+    four times as long as a matrix product. Neither holds in fp32.
     """
-    narrow = x.shape[1] // num_groups < WIDE_GROUP
-    return narrow and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class NarrowGroupNorm(torch.autograd.Function):
@@ -91,7 +87,7 @@ class NarrowGroupNorm(torch.autograd.Function):
         width, count = c // groups, c // groups * h * w
         if h * w >= LARGE_MAP:
             y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
-            mean, rstd = mean.float(), rstd.float()
+            mean, rstd = (values.to(torch.promote_types(x.dtype, torch.float32)) for values in (mean, rstd))
         else:
             squares, totals = _sums(x, x)
             mean = totals.view(n, groups, width).sum(2) / count
@@ -127,8 +123,9 @@ class NarrowGroupNorm(torch.autograd.Function):
 
 
 def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over pixels of a b and of a, (N, C) float32 each, for maps (N, C, H, W)."""
-    zero, one = a.new_zeros(a.shape[1], dtype=torch.float32), a.new_ones(a.shape[1], dtype=torch.float32)
+    """Sums over pixels of a b and of a, (N, C) each and fp32 at least, for maps (N, C, H, W)."""
+    one = torch.ones(a.shape[1], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    zero = torch.zeros_like(one)
     pairs = [
         _aten.native_batch_norm_backward(g, x, one, None, None, zero, one, True, 0.0, [False, True, True])[1:]
         for g, x in zip(a.split(1), b.split(1), strict=True)
@@ -138,7 +135,7 @@ def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(maps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Maps (1, C, H, W) times a number for each channel, and another added, (C,) float32 both."""
+    """Maps (1, C, H, W) times a number for each channel, and another added, (C,) both, fp32 at least."""
     normed: Tensor = _aten.native_batch_norm(
         maps, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0
     )[0]
@@ -188,12 +185,12 @@ class KeptFilters:
         """Keeps the filters while the block runs, and hands their gradients on to the weights when it ends well.
 
         Args:
-            dtype: that the convolutions compute in; None for that of the weights.
+            dtype: that the convolutions of single precision weights compute in, as autocast has it; None for that of the weights.
         """
         made = [standardise(conv.weight, conv.eps) for conv in self._convs]
         leaves = [filters.detach().requires_grad_(filters.requires_grad) for filters in made]
         for conv, leaf in zip(self._convs, leaves, strict=True):
-            conv.kept = leaf if dtype is None else leaf.to(dtype)
+            conv.kept = leaf.to(dtype) if dtype is not None and leaf.dtype == torch.float32 else leaf
         try:
             yield
         finally:

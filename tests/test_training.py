@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from timm.layers.std_conv import StdConv2d
 from torch import Tensor
 
 import bit_mixup
 from bit_mixup.data import load_image_dataset
+from bit_mixup.environment import Speedups
 from bit_mixup.errors import CheckpointError, NonFiniteError
 from bit_mixup.examples import TrainingStream
 from bit_mixup.hyperrule import HyperParameters, learning_rate
@@ -48,13 +50,18 @@ def train(
     *,
     dtype: torch.dtype,
     hyper: HyperParameters = RULE,
+    speedups: Speedups = Speedups(),  # noqa: B008  (it is frozen)
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of all steps and the final weights."""
     model = load_bit(str(tiny_bit), num_classes=10).to(dtype)
     run = RunFolder(folder)
     folder.mkdir()
     law = TrainingLaw(alpha=hyper.mixup_alpha)
-    train_model(model, stream, hyper, Accelerator(cpu=True), law=law, cuts=cuts, run=run, seed=3, save_every=1000)
+    train_model(
+        model, stream, hyper, Accelerator(cpu=True), law=law, cuts=cuts, run=run, speedups=speedups, seed=3, save_every=1000
+    )
+    assert type(model.stem.conv) is StdConv2d, "the layers are timm's again"
+    assert model.stem.conv.weight.is_contiguous()
     return [row["loss"] for row in run.read_metrics()], model.state_dict()
 
 
@@ -92,6 +99,22 @@ def test_cuts_agree_in_single_precision_for_ten_steps(tiny_bit: Path, stream: Tr
     for losses, weights in runs.values():
         assert losses[:10] == pytest.approx(runs["1x64"][0][:10], rel=1e-4)
         assert distance(runs["1x64"][1], weights) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "off",
+    [{"memory_format": "contiguous"}, {"quick_layers": False}, {"keep_filters": False}, {"fused_optimizer": False}],
+    ids=str,
+)
+def test_no_speedup_changes_anything_in_double_precision(
+    off: dict[str, Any], tiny_bit: Path, stream: TrainingStream, tmp_path: Path
+) -> None:
+    hyper = replace(RULE, steps=14)
+    cuts = cut_batch(64, micro_batch=32)
+    with_all = train(tiny_bit, stream, tmp_path / "all", cuts, dtype=torch.float64, hyper=hyper)
+    without = train(tiny_bit, stream, tmp_path / "off", cuts, dtype=torch.float64, hyper=hyper, speedups=Speedups(**off))
+    assert without[0] == pytest.approx(with_all[0], rel=1e-9)
+    assert difference(without[1], with_all[1]) < 1e-9
 
 
 def test_a_step_is_sgd_on_the_mean_over_the_batch(tiny_bit: Path, stream: TrainingStream, tmp_path: Path) -> None:
