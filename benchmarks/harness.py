@@ -59,6 +59,27 @@ class Row:
     value: float
     note: str = ""
 
+    def middle_cpu_ratio(self, other: "Row") -> float:
+        """Median over rounds of the ratio of CPU times to another way's in the same round."""
+        return statistics.median(own / base for own, base in zip(self.cpu, other.cpu, strict=True))
+
+
+def check(rows: Sequence[Row], bars: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Compares ratios of CPU times with bars, prints each, and gives them.
+
+    Args:
+        rows: of one `interleave`.
+        bars: for the name of a way, by the names of others the largest ratio that is aimed at.
+    """
+    by_name = {row.name: row for row in rows}
+    found = []
+    for name, others in bars.items():
+        for other, bar in others.items():
+            ratio = by_name[name].middle_cpu_ratio(by_name[other])
+            found.append({"way": name, "beside": other, "ratio": ratio, "bar": bar, "met": ratio <= bar})
+            print(f"{name} / {other}: {ratio:.3f} (at most {bar:.3f}): {'met' if ratio <= bar else 'NOT met'}")
+    return found
+
 
 def interleave(
     ways: Mapping[str, Callable[[], Work]],
@@ -104,8 +125,8 @@ def interleave(
             name=name,
             wall=tuple(wall[name]),
             cpu=tuple(cpu[name]),
-            wall_ratio=_quartiles([own / base for own, base in zip(wall[name], wall[first], strict=True)]),
-            cpu_ratio=_quartiles([own / base for own, base in zip(cpu[name], cpu[first], strict=True)]),
+            wall_ratio=quartiles([own / base for own, base in zip(wall[name], wall[first], strict=True)]),
+            cpu_ratio=quartiles([own / base for own, base in zip(cpu[name], cpu[first], strict=True)]),
             images=done[name].images,
             value=done[name].value,
             note=(notes or {}).get(name, ""),
@@ -114,7 +135,8 @@ def interleave(
     ]
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -207,9 +207,11 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def kept(part: Part, model: Any, cache: Path, *, view: View = VIEW, **about: Any) -> tuple[Tensor, str]:
+def kept(
+    part: Part, model: Any, cache: Path, *, view: View = VIEW, precision: Precision = "fp32", **about: Any
+) -> tuple[Tensor, str]:
     """Features, and what was said about them."""
-    features, notes = kept_features(model, part, view, Accelerator(cpu=True), about=about, folder=cache)
+    features, notes = kept_features(model, part, view, Accelerator(cpu=True), about=about, folder=cache, precision=precision)
     return features, "\n".join(notes)
 
 
@@ -224,6 +226,7 @@ def test_whatever_decides_the_features_decides_where_they_are_kept(pictures: Pat
         yield "crop", kept(part, model, cache, view=View(resize_size=48, crop_size=32, flip=False, interpolation="bilinear"))
         yield "filter", kept(part, model, cache, view=View(resize_size=48, crop_size=40, flip=False, interpolation="bicubic"))
         yield "precision", kept(part, model, cache, precision="bf16")
+        yield "arguments", kept(part, model, cache, std_eps=1e-10)
         yield "rows", kept(part.subset(np.arange(2)), model, cache)
         yield "order", kept(part.subset(np.arange(len(part))[::-1]), model, cache)
         with torch.no_grad():
