@@ -82,7 +82,7 @@ def _approximate_loss(
 ) -> tuple[Tensor, Tensor]:
     """Approximate mixup: the loss on the modified data and the quadratic term of its noise. It has no known least value."""
     moments = mixing_moments(law.alpha)
-    partners = choose_partners(place.start, place.groups, seed=place.seed).to(images.device)
+    partners = choose_partners(place.start, place.groups, seed=place.seed).to(images.device, non_blocking=True)
 
     def network(inputs: Tensor) -> Tensor:
         return forward(model, inputs, change_features=dropout)
@@ -113,7 +113,7 @@ def _add_noise(images: Tensor, law: TrainingLaw, place: Place, model: Network) -
     draws = [torch.from_numpy(generator(place.seed, Purpose.NOISE, p).standard_normal(images.shape[1:])) for p in positions]
     assert not isinstance(model, LinearProbe), "a law on features has no noise on pictures"
     _, std = Normalize.of(model).constants(images)
-    return images + torch.stack(draws).to(images) * (law.input_noise / std)
+    return images + torch.stack(draws).to(images, non_blocking=True) * (law.input_noise / std)
 
 
 def _dropout(law: TrainingLaw, place: Place) -> Callable[[Tensor], Tensor] | None:
@@ -125,6 +125,6 @@ def _dropout(law: TrainingLaw, place: Place) -> Callable[[Tensor], Tensor] | Non
     def drop(features: Tensor) -> Tensor:
         positions = range(place.start, place.start + place.count)
         draws = [generator(place.seed, Purpose.DROPOUT, p).random(features.shape[1]) < keep for p in positions]
-        return features * torch.from_numpy(np.stack(draws)).to(features) / keep
+        return features * torch.from_numpy(np.stack(draws)).to(features, non_blocking=True) / keep
 
     return drop

@@ -68,7 +68,7 @@ def mix(images: Tensor, targets: Tensor, lam: float | Tensor, partners: Tensor) 
 
 def blend(values: Tensor, others: Tensor, lam: float | Tensor) -> Tensor:
     """lam * values + (1 - lam) * others, (N, ...); lam is a number or (N,)."""
-    weight = lam.to(values).view(-1, *[1] * (values.ndim - 1)) if isinstance(lam, Tensor) else lam
+    weight = lam.to(values, non_blocking=True).view(-1, *[1] * (values.ndim - 1)) if isinstance(lam, Tensor) else lam
     return values * weight + others * (1 - weight)
 
 
@@ -126,7 +126,8 @@ def draw_mixing(law: TrainingLaw, place: Place, device: torch.device) -> Mixing:
         lam = torch.maximum(draws, 1 - draws) if folded else draws
     if law.loads_partners:
         return Mixing(lam=lam, partners=None)
-    return Mixing(lam=lam, partners=choose_partners(place.start, place.groups, seed=place.seed).to(device))
+    partners = choose_partners(place.start, place.groups, seed=place.seed)
+    return Mixing(lam=lam, partners=partners.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True)

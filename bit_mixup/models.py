@@ -4,6 +4,7 @@ timm builds the networks; this file fills them, strictly: nothing is left at ran
 """
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -340,8 +341,15 @@ class Normalize:
 
     def constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (3, 1, 1) each, on the device and in the type of another tensor."""
-        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_constant(values, like.dtype, like.device) for values in (self.mean, self.std))
         return mean, std
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as (N, 1, 1) on a device; kept there, since sending them in each step would wait for the device."""
+    with torch.inference_mode(False):  # whoever asks first: gradients may have to go through it later
+        return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def as_input(model: Network, batch: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:

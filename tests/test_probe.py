@@ -21,6 +21,7 @@ from bit_mixup.catalog import ARCHITECTURES
 from bit_mixup.cli import main
 from bit_mixup.config import TransferConfig, configure, resolve
 from bit_mixup.data import Part, load_image_dataset
+from bit_mixup.environment import Precision
 from bit_mixup.errors import CheckpointError, ConfigError, DataError
 from bit_mixup.features import kept_features
 from bit_mixup.hyperrule import learning_rate
