@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help docs install check format test test-all ci plan doctor models few-shot vtab mixup-study pretrain distill open-sets upstream bundled fine-tune \
-        fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet soak clean
+        fine-tune-cifar10 fine-tune-cifar100 fine-tune-pets fine-tune-flowers fine-tune-imagenet bench soak clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -112,6 +112,11 @@ test-all: $(READY) ## the tests and the long ones
 
 docs: $(READY) ## write docs/api.md anew from the docstrings
 	$(BIN)/python recipes/make_api.py
+
+bench: $(READY) ## time steps, loops, input and start-up beside others' ways (most of an hour, on an idle machine); writes docs/performance.md
+	@for part in training evaluating input loops predicting probe start scaling; do \
+	  echo "== $$part"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$part.py || exit 1; done
+	$(BIN)/python benchmarks/write.py
 
 soak: $(READY) ## kill a small training run at random moments 50 times, resume it, compare the bits (ARGS='--kills 6 --processes 2')
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)

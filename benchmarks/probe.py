@@ -9,16 +9,18 @@ wall and that of the processor are given, for cores may be shared. The features 
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from harness import machine
 
 from bit_mixup.config import TransferConfig, configure
 from bit_mixup.evaluation import evaluate
@@ -102,7 +104,9 @@ def main() -> None:
     """Times, prints a table, and says whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="probes, of which the median counts")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/probe.json"))
+    asked = parser.parse_args()
+    repeats = asked.repeats
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bit_mixup_probe_") as root:
         probes = [run("head", Path(root) / f"head{index}", Path(root) / f"features{index}") for index in range(repeats)]
@@ -120,6 +124,15 @@ def main() -> None:
     show("head: features and training, the first time", features + training, full["training"])
     show("head: features and training, kept from before", kept + training, full["training"])
     show("any: plan (opening the data)", full["plan"])
+    found = {
+        "all": (full["training"], accuracy),
+        "stage4": (stage4["training"], stage4_accuracy),
+        "head": (training, probes[0][1]),
+        "head, with its features computed": (features + training, probes[0][1]),
+    }
+    asked.json.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: {**asdict(seconds), "accuracy": share} for name, (seconds, share) in found.items()}
+    asked.json.write_text(json.dumps({"machine": machine(), "trainable": values}, indent=1) + "\n", encoding="utf-8")
     for what, seconds in (("training alone", training), ("with the features computed", features + training)):
         met = "met" if full["training"].wall >= BAR * seconds.wall and full["training"].cpu >= BAR * seconds.cpu else "NOT met"
         print(f"{BAR} times faster, {what}: {met}")

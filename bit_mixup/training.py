@@ -28,6 +28,7 @@ from bit_mixup.memory import (
     find_cuts,
     free_bytes,
     is_out_of_memory,
+    keep_memory,
     largest_pass,
     release_memory,
     smaller_cuts,
@@ -221,6 +222,7 @@ class StepWork:
     num_workers: int
 
     def __post_init__(self) -> None:
+        keep_memory(self.accelerator.device)
         last = self.speedups.memory_format == "channels_last"
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.model.to(self.accelerator.device).to(memory_format=self.memory_format)
