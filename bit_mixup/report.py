@@ -6,6 +6,7 @@ whatever classes and files are called is text in it.
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from bit_mixup.unmixing import RuleChoice
 
 TEMPLATES = Path(__file__).parent / "templates"
 MATRIX_CLASSES = 20  # more are too many for a matrix: the pairs that are confused most are listed
+COLUMN_LETTERS = 24  # that fit above a column of the matrix; longer names get numbers
 LISTED_PAIRS = 30
 SHOWN_PICTURES = 12
 THUMBNAIL = 160  # pixels
@@ -43,6 +45,7 @@ class ReportPage:
         choice: the prediction rule.
         outcomes: for each example, by the chosen rule.
         examples: for thumbnails.
+        decided: heading of the sections.
         sections: what was decided and why: headings, and lines under each.
         metrics: of each training step, where they are known.
         scores: on the way, where they were asked for.
@@ -60,6 +63,7 @@ class ReportPage:
     choice: RuleChoice
     outcomes: Outcomes
     examples: EncodedExamples
+    decided: str
     sections: Sequence[tuple[str, Sequence[str]]]
     metrics: Sequence[dict[str, Any]]
     scores: Sequence[dict[str, Any]]
@@ -109,6 +113,7 @@ def render_page(template: str, **values: Any) -> str:
     css, script = (TEMPLATES / name for name in ("page.css", "page.js"))
     return environment.get_template(template).render(
         percent=lambda share: f"{share:.2%}",
+        command_parts=lambda command: re.split(r" (?=--)", command),  # lines break between options, not at their hyphens
         css=Markup(css.read_text(encoding="utf-8")),
         script=Markup(script.read_text(encoding="utf-8")),
         **values,
@@ -130,10 +135,13 @@ def _verdict(report: EvaluationReport) -> str:
 
 def _matrix(counts: Any, names: Sequence[str]) -> dict[str, Any]:
     """The confusion matrix: counts, and how strongly to colour each, by the share of its row."""
-    totals = counts.sum(1)
+    totals, longest = counts.sum(1), max(map(len, names))
+    numbered = longest > COLUMN_LETTERS
     rows = [
         {
             "name": name,
+            "head": f"{row + 1}. {name}" if numbered else name,
+            "column": str(row + 1) if numbered else name,
             "cells": [
                 {"count": count, "right": row == column, "shade": round(12 + 48 * count / totals[row]) if count else 0}
                 for column, count in enumerate(counts[row].tolist())
@@ -141,7 +149,7 @@ def _matrix(counts: Any, names: Sequence[str]) -> dict[str, Any]:
         }
         for row, name in enumerate(names)
     ]
-    return {"names": names, "rows": rows, "long": max(map(len, names)) > 4}
+    return {"rows": rows, "numbered": numbered, "upright": longest > 4 and not numbered}
 
 
 def _pairs(outcomes: Outcomes) -> list[dict[str, Any]]:
