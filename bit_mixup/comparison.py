@@ -241,4 +241,4 @@ def _difference(values: Floats, better: Literal["more", "less"], resamples: int,
 
 def render_comparison(comparison: Comparison, *, command: str) -> str:
     """A page of the comparison, as HTML without anything outside of it."""
-    return render_page("compare.html.j2", comparison=comparison, command=command)
+    return render_page("compare.html.j2", title=f"{len(comparison.runs)} runs compared", command=command, comparison=comparison)

@@ -148,6 +148,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[
     mixed = bool((np.abs(loss - excess) > 1e-6).any())
     with _settings():
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -164,6 +165,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[
         above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
         below.plot(steps[kept], rate[kept], color="#777777", linewidth=1.5)
         below.set(xlabel="step", ylabel="rate", ylim=(0, None))
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (above, below):
             axes.grid(axis="y", color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)

@@ -84,6 +84,9 @@ def render_report(page: ReportPage) -> str:
     counts = outcomes.confusion() if few else None
     return render_page(
         "report.html.j2",
+        title=page.title,
+        command=page.command,
+        facts=page.facts,
         page=page,
         report=report,
         verdict=_verdict(report),
@@ -100,7 +103,40 @@ def render_report(page: ReportPage) -> str:
     )
 
 
-def render_page(template: str, **values: Any) -> str:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingPage:
+    """What is shown of a run that trained a model to transfer from.
+
+    Args:
+        title: of the page.
+        subtitle: a line below it.
+        headline: figures, and what they are.
+        decided: heading of the sections.
+        sections: what was decided: headings, and lines under each.
+        metrics: of each step.
+        scores: names and values, where there was something to score.
+        command: that repeats it.
+        facts: names and values of what else it takes to repeat it.
+    """
+
+    title: str
+    subtitle: str
+    headline: Sequence[tuple[str, str]]
+    decided: str
+    sections: Sequence[tuple[str, Sequence[str]]]
+    metrics: Sequence[dict[str, Any]]
+    scores: Sequence[tuple[str, str]]
+    command: str
+    facts: Sequence[tuple[str, str]]
+
+
+def render_training(page: TrainingPage) -> str:
+    """The page as HTML."""
+    curves = figure_svg(training_curves(page.metrics), themed=True)
+    return render_page("training.html.j2", title=page.title, command=page.command, facts=page.facts, page=page, curves=curves)
+
+
+def render_page(template: str, *, title: str, command: str, facts: Sequence[tuple[str, str]] = (), **values: Any) -> str:
     """A page from one of the package's templates. Whatever is not a number of ours is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -116,6 +152,9 @@ def render_page(template: str, **values: Any) -> str:
         command_parts=lambda command: re.split(r" (?=--)", command),  # lines break between options, not at their hyphens
         css=Markup(css.read_text(encoding="utf-8")),
         script=Markup(script.read_text(encoding="utf-8")),
+        title=title,
+        command=command,
+        facts=facts,
         **values,
     )
 
