@@ -50,7 +50,7 @@ class ReportPage:
         metrics: of each training step, where they are known.
         scores: on the way, where they were asked for.
         findings: of the doctor, as plain values.
-        more: headings and text, for what a run measured besides.
+        more: headings and text, which may hold tables in Markdown, for what a run measured besides.
         command: that repeats it.
         facts: names and values of what else it takes to repeat it.
     """
@@ -100,6 +100,7 @@ def render_report(page: ReportPage) -> str:
         confusion=_matrix(counts, outcomes.class_names) if counts is not None else None,
         pairs=None if few else _pairs(outcomes),
         galleries=_galleries(outcomes, page.examples),
+        more=[(heading, _parts(text)) for heading, text in page.more],
     )
 
 
@@ -157,6 +158,16 @@ def render_page(template: str, *, title: str, command: str, facts: Sequence[tupl
         facts=facts,
         **values,
     )
+
+
+def _parts(text: str) -> list[tuple[list[str], list[list[str]] | None]]:
+    """Paragraphs of a text of ours: lines, and cells where these lines are a table in Markdown."""
+    found: list[tuple[list[str], list[list[str]] | None]] = []
+    for paragraph in text.strip().split("\n\n"):
+        lines = paragraph.splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.strip("|-: ")]
+        found.append((lines, cells if lines[0].startswith("|") else None))
+    return found
 
 
 def _verdict(report: EvaluationReport) -> str:

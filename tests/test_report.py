@@ -169,6 +169,18 @@ def test_the_page_says_what_the_run_measured(which: str, request: pytest.Fixture
     assert list(confidences) == sorted(outcomes.confidence[outcomes.correct])[:12]
 
 
+def test_what_was_measured_besides_is_shown(few: TransferResult) -> None:
+    page = Page(few.output_dir / "report.html")
+    diagnosis = json.loads((few.output_dir / "report.json").read_text())["diagnosis"]
+    between = diagnosis["in_between"]
+    table = next(rows for rows in page.tables.values() if "neither is predicted" in rows[0])
+    columns = zip(between["lams"], between["miss_rate"], between["gradient_norm"], strict=True)
+    assert table[1:] == [[f"{lam:.1f}", f"{miss:.1%}", f"{norm:.4f}"] for lam, miss, norm in columns]
+    assert f"Norm of the logits' Jacobian, mean: {diagnosis['jacobian_norm']:.4f}" in page.text
+    scores = [json.loads(line) for line in (few.output_dir / "scores.jsonl").read_text().splitlines()]
+    assert f"{1 - scores[-1]['accuracy']:.2%} at last, of the model as it is." in page.text
+
+
 def test_few_classes_have_a_matrix_and_many_a_list(few: TransferResult, many: TransferResult) -> None:
     for run in (few, many):
         outcomes = Outcomes.load(run.output_dir / "predictions.csv")
@@ -177,7 +189,7 @@ def test_few_classes_have_a_matrix_and_many_a_list(few: TransferResult, many: Tr
         predicted = [names.index(outcomes.class_names[label]) for label in outcomes.predicted]
         expected = confusion_matrix(labels, predicted, labels=range(len(names)))
         if run is few:
-            matrix = next(rows for name, rows in page.tables.items() if len(rows) == len(names) + 1 and name != "classes")
+            matrix = next(rows for rows in page.tables.values() if rows[0][:2] == ["", "1"])
             found = [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]]
             assert found == expected.tolist()
             # One of the names is too long to stand above a column: columns have the numbers of rows.
