@@ -56,11 +56,10 @@ def timed(work: Callable[[], Result]) -> tuple[Result, Seconds]:
     return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def run(trainable: Trainable, folder: Path, features_in: Path) -> tuple[dict[str, Seconds], float]:
+def run(trainable: Trainable, folder: Path, features_in: Path, *, steps: int | None = None) -> tuple[dict[str, Seconds], float]:
     """Times the parts of a run; these, and the accuracy on the test split."""
-    plan, planning = timed(
-        lambda: make_plan(configure(TransferConfig, **JOB, trainable=trainable, output_dir=folder))  # type: ignore[arg-type]
-    )
+    asked = {**JOB, "trainable": trainable, "output_dir": folder, "steps": steps}
+    plan, planning = timed(lambda: make_plan(configure(TransferConfig, **asked)))
     accelerator, hyper = Accelerator(cpu=True), plan.resolution.hyper
     model = build_bit(plan.weights, num_classes=plan.data.num_classes)
     freeze(model, trainable)

@@ -184,9 +184,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
     with torch_threads(config.threads or available_cores()):
         classifier = load(config.model, revision=config.revision, rule=config.rule, precision=config.precision)
-        if config.output_dir is not None:  # sooner than an hour of work
-            scoring.check_evaluation_folder(config.output_dir, overwrite=config.overwrite)
-        evaluation = scoring.evaluate_model(
+        examples = scoring.find_examples(
             classifier,
             config.dataset,
             config=config.dataset_config,
@@ -194,14 +192,16 @@ def evaluate_command(arguments: Sequence[str]) -> None:
             split=config.split,
             image_column=config.image_column,
             label_column=config.label_column,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            progress=True,
         )
-    folder = config.output_dir or scoring.default_evaluation_folder(classifier, evaluation)
-    scoring.check_evaluation_folder(folder, overwrite=config.overwrite)
+        folder = config.output_dir or scoring.default_evaluation_folder(classifier, examples)
+        scoring.check_evaluation_folder(folder, overwrite=config.overwrite)  # sooner than an hour of work
+        evaluation = scoring.score_examples(
+            classifier, examples, batch_size=config.batch_size, num_workers=config.num_workers, progress=True
+        )
     scoring.write_evaluation(classifier, evaluation, folder, command=shlex.join(["bit-mixup", "evaluate", *arguments]))
     print(evaluation.report.table(worst=10))
+    if evaluation.trained_on:
+        print(f"NOTE: {scoring.TRAINED_ON}\n")
     print(f"{folder / 'report.html'!s:<60} the report, to open in a browser")
 
 

@@ -107,22 +107,22 @@ class Comparison:
         return asdict(self) | {"runs": [asdict(run) | more for run, more in zip(self.runs, verdicts, strict=True)]}
 
     def table(self) -> str:
-        """For a terminal."""
+        """For a terminal: accuracy, and below it the negative log-likelihood."""
         width = max(3, *(len(shown(run.name)) for run in self.runs))
-        lines = [f"{'run':<{width}}  {'accuracy':>8}  {'difference (95 % interval)':<28}  {'only first / this':<17}  "
-                 f"{'McNemar p':<9}  "
-                 f"{'NLL':>6}  {'difference (95 % interval)':<27}  verdict on accuracy"]  # fmt: skip
+        accuracies = [f"{'run':<{width}}  {'accuracy':>8}  {'difference (95 % interval)':<28}  {'only first / this':<17}  "
+                      f"{'McNemar p':<9}  verdict"]  # fmt: skip
+        losses = [f"{'run':<{width}}  {'NLL':>8}  {'difference (95 % interval)':<28}  verdict"]
         for run in self.runs:
             accuracy, nll = run.accuracy_difference, run.nll_difference
-            gained = f"{accuracy.mean:+.2%} ({accuracy.low:+.2%} to {accuracy.high:+.2%})" if accuracy else ""
-            lost = f"{nll.mean:+.4f} ({nll.low:+.4f} to {nll.high:+.4f})" if nll else ""
-            split = f"{run.only_first} / {run.only_this}" if accuracy else ""
-            chance = f"{run.mcnemar:.3g}" if run.mcnemar is not None else ""
-            lines.append(
-                f"{shown(run.name):<{width}}  {run.accuracy:>8.2%}  {gained:<28}  {split:<17}  {chance:<9}  "
-                f"{run.nll:>6.4f}  {lost:<27}  {run.verdict or 'the first'}"
-            )
-        return "\n".join([*lines, "", self.caveat])
+            name, gained, split, chance, lost, verdicts = shown(run.name), "", "", "", "", ("the first", "the first")
+            if accuracy and nll:
+                gained = f"{accuracy.mean:+.2%} ({accuracy.low:+.2%} to {accuracy.high:+.2%})"
+                split, chance = f"{run.only_first} / {run.only_this}", f"{run.mcnemar:.3g}"
+                lost = f"{nll.mean:+.4f} ({nll.low:+.4f} to {nll.high:+.4f})"
+                verdicts = (str(run.verdict), nll.verdict)
+            accuracies.append(f"{name:<{width}}  {run.accuracy:>8.2%}  {gained:<28}  {split:<17}  {chance:<9}  {verdicts[0]}")
+            losses.append(f"{name:<{width}}  {run.nll:>8.4f}  {lost:<28}  {verdicts[1]}")
+        return "\n".join([*accuracies, "", *losses, "", self.caveat])
 
     @property
     def caveat(self) -> str:
@@ -241,4 +241,4 @@ def _difference(values: Floats, better: Literal["more", "less"], resamples: int,
 
 def render_comparison(comparison: Comparison, *, command: str) -> str:
     """A page of the comparison, as HTML without anything outside of it."""
-    return render_page("compare.html.j2", comparison=comparison, command=command)
+    return render_page("compare.html.j2", title=f"{len(comparison.runs)} runs compared", command=command, comparison=comparison)

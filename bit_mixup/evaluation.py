@@ -196,6 +196,15 @@ class MultiLabelReport:
         """As plain values, for JSON."""
         return asdict(self)
 
+    def summary(self) -> list[tuple[str, str]]:
+        """Names and values of the overall scores, for people."""
+        return [
+            ("mean average precision", f"{self.mean_average_precision:.2%}"),
+            ("micro F1", f"{self.micro_f1:.2%}"),
+            ("NLL (nats)", f"{self.nll:.4f}"),
+            ("examples", f"{self.num_examples:,}"),
+        ]
+
     def table(self, *, worst: int | None = None) -> str:
         """Overall scores, and average precision by label (of the `worst` alone), as Markdown tables."""
         found = {name: value for name, value in self.label_average_precision.items() if value is not None}
@@ -203,10 +212,7 @@ class MultiLabelReport:
         lines = [
             "| score | value |",
             "|---|---|",
-            f"| mean average precision | {self.mean_average_precision:.2%} |",
-            f"| micro F1 | {self.micro_f1:.2%} |",
-            f"| NLL (nats) | {self.nll:.4f} |",
-            f"| examples | {self.num_examples:,} |",
+            *(f"| {name} | {value} |" for name, value in self.summary()),
             "",
             "| label | average precision | examples |",
             "|---|---|---|",

@@ -1,5 +1,6 @@
 """How good is a trained model, by which rule should it predict, and what did it learn besides?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,15 +71,11 @@ class Judgement:
         """Headings and text, for people, of what was measured besides the scores of the test examples."""
         found = []
         if self.validation:
-            own = "" if self.choice.rule == "raw" else " The rule was chosen on these very examples."
-            scores = f"accuracy {self.validation.accuracy:.2%}, NLL {self.validation.nll:.4f}"
-            text = f"{self.validation.num_examples:,} examples: {scores}.{own}"
-            found.append(("Held out of the training split", text))
+            found.append(("Held out of the training split", f"{self._held_out(self.validation)}."))
         if self.memorisation:
             found.append(("Corrupted labels", self.memorisation.as_text()))
         if self.best_and_last:
-            best, last = self.best_and_last
-            found.append(("Test error on the way", f"{best:.2%} at best, {last:.2%} at last."))
+            found.append(("Test error on the way", f"{self._way()}."))
         if self.diagnosis:
             found.append(("Between, around and against examples", _diagnosis_text(self.diagnosis)))
         return found
@@ -91,18 +88,24 @@ class Judgement:
         if self.choice.rule != "raw":
             text += f"The model as it is: accuracy {self.raw.accuracy:.2%}, NLL {self.raw.nll:.4f}.\n"
         if self.validation:
-            scores = f"accuracy {self.validation.accuracy:.2%}, NLL {self.validation.nll:.4f}"
-            own = "" if self.choice.rule == "raw" else " (the rule was chosen on these very examples)"
-            short = f"\nHeld out of the training split, {self.validation.num_examples:,} examples{own}: {scores}.\n"
-            text += short if worst else f"\n## Held out of the training split\n\n{self.validation.table()}"
+            text += f"\n{'' if worst else '## '}Held out of the training split: {self._held_out(self.validation)}\n"
+            text += "" if worst else f"\n{self.validation.table()}"
         if self.memorisation:
             text += f"\n## Corrupted labels\n\n{self.memorisation.as_text()}\n"
         if self.best_and_last:
-            best, last = self.best_and_last
-            text += f"\nTest error on the way: {best:.2%} at best, {last:.2%} at last.\n"
+            text += f"\nTest error on the way: {self._way()}.\n"
         if self.diagnosis:
             text += f"\n## Between, around and against examples\n\n{_diagnosis_text(self.diagnosis)}"
         return text
+
+    def _held_out(self, report: EvaluationReport) -> str:
+        owed = f" ({self.choice.owed_to_held_out} on these very examples)" if self.choice.owed_to_held_out else ""
+        return f"{report.num_examples:,} examples{owed}, accuracy {report.accuracy:.2%}, NLL {report.nll:.4f}"
+
+    def _way(self) -> str:
+        best, last = self.best_and_last or (math.nan, math.nan)
+        own = "" if self.choice.rule == "raw" else ", of the model as it is"
+        return f"{best:.2%} at best, {last:.2%} at last{own}"
 
 
 def judge(plan: Plan, model: ResNetV2, record: MixupRecord, accelerator: Accelerator, workers: int) -> Judgement:
@@ -235,9 +238,13 @@ def _diagnosis_text(diagnosis: dict[str, Any]) -> str:
     between, attacked, parts = diagnosis["in_between"], diagnosis["adversarial"], diagnosis["loss_parts"]
     lines = [f"Measured on {diagnosis['examples']:,} test examples, the parts of the loss on as many training examples.", ""]
     if between:
-        lines += ["| weight of the first of two examples | neither is predicted | norm of the input gradient |", "|---|---|---|"]
+        heads = ("weight of the first of two examples", "neither is predicted", "norm of the input gradient")
+        one, two, three = map(len, heads)  # columns are as wide as their heads: the page shows this text as it is
+        lines += [f"| {' | '.join(heads)} |", f"|{'-' * (one + 1)}:|{'-' * (two + 1)}:|{'-' * (three + 1)}:|"]
         columns = (between["lams"], between["miss_rate"], between["gradient_norm"])
-        lines += [f"| {lam:.1f} | {miss:.1%} | {norm:.4f} |" for lam, miss, norm in zip(*columns, strict=True)]
+        lines += [
+            f"| {lam:>{one}.1f} | {miss:>{two}.1%} | {norm:>{three}.4f} |" for lam, miss, norm in zip(*columns, strict=True)
+        ]
     else:
         lines.append("All of them are of one class: nothing lies between two.")
     lines += [

@@ -32,7 +32,11 @@ TITLE_WIDTH = 64  # letters that fit on a line
 RESOLUTION = 150  # dots per inch of a PNG
 DRAWN_STEPS = 2_000
 _CURVES = ("step", "loss", "excess_loss", "lr")
-_THEME = {"#000000": "currentColor", "#ffffff": "var(--page)", "#dddddd": "var(--line)", "#cccccc": "var(--line)"}
+_THEME = {
+    "#000000": "currentColor", "#ffffff": "var(--page)", "#dddddd": "var(--line)", "#cccccc": "var(--line)",
+    "#777777": "var(--grey)", "#56b4e9": "var(--bar)",
+    "#d55e00": "var(--bad)", "#f9dcc8": "var(--over)", "#0072b2": "var(--good)", "#e3f0f8": "var(--under)",
+}  # fmt: skip
 METADATA = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}  # what would change with version and time
 
 
@@ -63,13 +67,17 @@ def reliability_diagram(bins: "ReliabilityBins", *, title: str) -> "Figure":
     """
     with _settings():
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        figure = Figure(figsize=(6, 6), layout="constrained")
+        figure = Figure(figsize=(6, 6), layout=ConstrainedLayoutEngine(rect=(0, 0.09, 1, 0.91)))
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         bars, width = _bars(bins), bins.edges[1]
         _draw_accuracy(above, bars, width=width)
         _draw_counts(below, bars, width=width)
         above.set_title(_plain(title), loc="left", parse_math=False)
+        # Below both, where room was left, for no corner is without bars. A legend that the layout makes room for is elsewhere by
+        # a hair when the figure is drawn again.
+        figure.legend(*above.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -109,7 +117,6 @@ def _draw_accuracy(axes: "Axes", bars: npt.NDArray[np.float64], *, width: float)
     axes.set(ylim=(0, 1.02), ylabel="accuracy")
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.legend(loc="upper left", framealpha=0.9)
 
 
 def _draw_counts(axes: "Axes", bars: npt.NDArray[np.float64], *, width: float) -> None:
@@ -141,6 +148,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[
     mixed = bool((np.abs(loss - excess) > 1e-6).any())
     with _settings():
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -154,9 +162,10 @@ def training_curves(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[
             done, nll = ([score[name] for score in scores] for name in ("step", "nll"))
             above.plot(done, nll, color="black", marker="o", markersize=3, linewidth=1, label="test loss")
         above.set(ylabel="nats", ylim=(min(0.0, float(excess.min())), None))
-        above.legend(loc="upper right", framealpha=0.9)
+        above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
         below.plot(steps[kept], rate[kept], color="#777777", linewidth=1.5)
         below.set(xlabel="step", ylabel="rate", ylim=(0, None))
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (above, below):
             axes.grid(axis="y", color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)
@@ -192,7 +201,7 @@ def figure_svg(figure: "Figure", *, themed: bool = False) -> str:
 
     Args:
         figure: any figure of matplotlib's.
-        themed: take the page's colours: its text colour for black, and its variables --page and --line for white and light grey.
+        themed: take the page's colours: its text colour for black, and its variables (`page.css`) for all others.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -201,7 +210,7 @@ def figure_svg(figure: "Figure", *, themed: bool = False) -> str:
     element = document[document.index("<svg") :]  # a page may not hold the XML declaration and document type before it
     if themed:
         for colour, variable in _THEME.items():
-            element = element.replace(f": {colour}", f": {variable}")
+            element = element.replace(f": {colour}", f": {variable}").replace(f'fill="{colour}"', f'style="fill: {variable}"')
     return element
 
 

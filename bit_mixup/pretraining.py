@@ -7,6 +7,7 @@ library nor the command line is imported: arrays in memory will do.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ from bit_mixup.memory import memory_explained
 from bit_mixup.models import TIMM_STD_EPS, build_bit, create_bit, save_model
 from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from bit_mixup.prediction import predict_logits
+from bit_mixup.repeating import command_line, present_facts
+from bit_mixup.report import TrainingPage, render_training
 from bit_mixup.runs import RunFolder, default_folder
 from bit_mixup.sampling import MicroBatch, cut_batch, fitting_micro_batch
 from bit_mixup.scanning import Quarantine, quarantine_note, refuse_empty
@@ -51,6 +54,8 @@ from bit_mixup.weights import Weights, fetch, find_network, find_weights, size_t
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+LAST_STEPS = 100  # whose mean loss is told
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +126,13 @@ class PretrainPlan:
 
     def text(self) -> str:
         """The plan as it is printed."""
+        lines = [
+            (heading if place == 0 else "", entry) for heading, entries in self.sections() for place, entry in enumerate(entries)
+        ]
+        return "\n".join(f"{heading:<9} {shown(entry)}" for heading, entry in lines)
+
+    def sections(self) -> list[tuple[str, list[str]]]:
+        """The plan for people: headings, and lines under each."""
         hyper, data, view = self.hyper, self.data, self.view
         rates = "; ".join(
             f"steps {first}-{last}: {start:.4g}" + (f" rising to {end:.4g}" if end > start else "")
@@ -133,28 +145,27 @@ class PretrainPlan:
         if isinstance(self.config, DistillConfig):
             labels = f"no labels: KL from the teacher {self.config.teacher} at temperature {self.config.temperature:g}"
         micro = max(cut.size for cuts in self.cuts for cut in cuts)
-        lines = [
-            ("data", f"{data.name}: {len(data.train):,} examples, {len(data.class_names):,} classes; {labels}"),
-            *(("", note) for note in data.notes),
-            *([("", quarantine_note(self.quarantined))] if self.quarantined else []),
-            ("network", f"{self.network.architecture}: {size_text(body, '')} parameters and a head, from {start}, "
-                        f"seed {self.config.seed}"),
-            ("recipe", f"{hyper.steps:,} steps of SGD, momentum {hyper.momentum}, weight decay {hyper.weight_decay:g}"),
-            ("", f"rate {rates}"),
-            ("", f"inception crops of {view.min_area:.0%} or more at {view.crop_size} px, "
-                 f"{'mirrored half of the time' if view.flip else 'never mirrored'}{', distorted' if view.distort else ''}"),
-            ("mixup", f"alpha {hyper.mixup_alpha}, one weight for each {self.config.mixup_lam}" if hyper.mixup_alpha else "off"),
-            ("batch", f"{hyper.batch_size} examples a step = {self.environment.num_processes} process(es) x {len(self.cuts[0])} "
-                      f"micro-batch(es) of up to {micro}{self.config.micro_batch_note}; {passes:.3g} passes "
-                      "over the data set"),
-            ("machine", f"{self.environment.precision} ({self.environment.precision_from}), "
-                        f"{self.environment.threads} thread(s), about {size_text(self.memory_bytes(micro))} of memory for each "
-                        "process beside the libraries"),
-            ("", self.config.speedups.as_text()),
-            *(("", note) for note in self.environment.notes),
-            ("writes", f"{self.run.path}/"),
+        quarantined = [quarantine_note(self.quarantined)] if self.quarantined else []
+        mixed = f"alpha {hyper.mixup_alpha}, one weight for each {self.config.mixup_lam}" if hyper.mixup_alpha else "off"
+        mirrored = "mirrored half of the time" if view.flip else "never mirrored"
+        return [
+            ("data", [f"{data.name}: {len(data.train):,} examples, {len(data.class_names):,} classes; {labels}",
+                      *data.notes, *quarantined]),
+            ("network", [f"{self.network.architecture}: {size_text(body, '')} parameters and a head, from {start}, "
+                         f"seed {self.config.seed}"]),
+            ("recipe", [f"{hyper.steps:,} steps of SGD, momentum {hyper.momentum}, weight decay {hyper.weight_decay:g}",
+                        f"rate {rates}",
+                        f"inception crops of {view.min_area:.0%} or more at {view.crop_size} px, "
+                        f"{mirrored}{', distorted' if view.distort else ''}"]),
+            ("mixup", [mixed]),
+            ("batch", [f"{hyper.batch_size} examples a step = {self.environment.num_processes} process(es) x "
+                       f"{len(self.cuts[0])} micro-batch(es) of up to {micro}{self.config.micro_batch_note}; {passes:.3g} passes "
+                       "over the data set"]),
+            ("machine", [f"{self.environment.precision} ({self.environment.precision_from}), "
+                         f"{self.environment.threads} thread(s), about {size_text(self.memory_bytes(micro))} of memory for each "
+                         "process beside the libraries", self.config.speedups.as_text(), *self.environment.notes]),
+            ("writes", [f"{self.run.path}/"]),
         ]  # fmt: skip
-        return "\n".join(f"{heading:<9} {shown(entry)}" for heading, entry in lines)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -394,8 +405,38 @@ def _write(plan: PretrainPlan, model: ResNetV2, report: EvaluationReport | Multi
         title = in_markdown(f"{plan.data.name}, {plan.network.name}, seed {plan.config.seed}")
         write_text(run.table, f"# {title}\n\n{report.table()}")
         print(f"\n{report.table(worst=10)}")
-    losses = [row["loss"] for row in run.read_metrics()]
-    last = losses[-100:]
+    metrics = run.read_metrics()
+    losses = [row["loss"] for row in metrics]
+    last = losses[-LAST_STEPS:]
+    write_text(run.page, render_training(_page(plan, report, metrics)))
     print(f"\nloss {losses[0]:.4g} at the first step, {sum(last) / len(last):.4g} over the last {len(last)}\n")
     for path, what in run.written():
         print(f"{path!s:<60} {what}")
+
+
+def _page(
+    plan: PretrainPlan, report: EvaluationReport | MultiLabelReport | None, metrics: Sequence[dict[str, Any]]
+) -> TrainingPage:
+    config, data, scores = plan.config, plan.data, report.summary() if report is not None else []
+    losses = [row["loss"] for row in metrics]
+    last = losses[-LAST_STEPS:]
+    headline = [(f"{sum(last) / len(last):.4g}", f"loss over the last {len(last)} steps (nats); {losses[0]:.4g} at the first")]
+    headline += [(value.split(" (")[0], name + value[len(value.split(" (")[0]) :]) for name, value in scores[:1]]
+    environment = read_json(plan.run.plan)["environment"]
+    processes = f"{environment['processes']} process(es) of {environment['threads']} thread(s)"
+    return TrainingPage(
+        title=f"{data.name}: {plan.network.name} {'distilled' if isinstance(config, DistillConfig) else 'pre-trained'}",
+        subtitle=f"{len(data.train):,} examples, {plan.hyper.steps:,} steps, seed {config.seed}; in {plan.run.path}",
+        headline=headline,
+        decided="What was done",
+        sections=plan.sections(),
+        metrics=metrics,
+        scores=scores,
+        command=command_line(config),
+        facts=[
+            ("seed", str(config.seed)),
+            ("data", f"{data.name}{f' @ {data.revision}' if data.revision else ''}, fingerprint {data.fingerprint}"),
+            ("precision", plan.environment.precision),
+            *present_facts(f"{environment['device']}, {processes}"),
+        ],
+    )

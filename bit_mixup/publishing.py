@@ -20,6 +20,7 @@ from bit_mixup.config import TransferConfig
 from bit_mixup.errors import CheckpointError, PublishError
 from bit_mixup.evaluation import EvaluationReport, in_markdown
 from bit_mixup.hub import explain, first_line
+from bit_mixup.plots import reliability_diagram, save_figure, training_curves
 from bit_mixup.repeating import command_line
 from bit_mixup.report import TEMPLATES
 from bit_mixup.runs import RunFolder
@@ -27,7 +28,7 @@ from bit_mixup.storage import read_json, whole_folder, write_text
 from bit_mixup.unmixing import CHOICE, MEAN_IMAGE, RECORD
 from bit_mixup.weights import BUNDLED, CONFIG_FILE, WEIGHTS_FILE
 
-CARD = "README.md"
+CARD, DIAGRAM, CURVES = "README.md", "reliability.png", "training.png"
 _MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, RECORD, CHOICE, MEAN_IMAGE)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -79,7 +80,7 @@ def push(
     place = RunFolder(run)
     missing = [
         path
-        for path in (place.config, place.plan, place.report, place.model / CONFIG_FILE, place.model / WEIGHTS_FILE)
+        for path in (place.config, place.plan, place.report, place.metrics, place.model / CONFIG_FILE, place.model / WEIGHTS_FILE)
         if not path.is_file()
     ]
     if missing:
@@ -140,6 +141,10 @@ def _write(place: RunFolder, folder: Path, repository: str, license: str | None)
         shutil.copyfile(place.report, folder / place.report.name)
     except OSError as error:
         raise CheckpointError(f"{place.model} can not be copied to {folder}: {error}.") from error
+    saved = read_json(place.report)
+    bins, rule = EvaluationReport.from_dict(saved).calibration.bins, saved["prediction"]["rule"]
+    save_figure(reliability_diagram(bins, title=f"{repository}, prediction rule {rule}"), folder / DIAGRAM)
+    save_figure(training_curves(place.read_metrics(), place.read_scores()), folder / CURVES)
     write_text(folder / CARD, model_card(place, repository, license=license))
     return tuple(sorted(path.name for path in folder.iterdir()))
 
@@ -204,15 +209,18 @@ def _training(resolved: dict[str, Any], environment: dict[str, Any], seed: int) 
     data, weights, hyper = resolved["data"], resolved["weights"], resolved["hyper"]
     decays = ", ".join(f"{step:,}" for step in hyper["decay_steps"])
     mirrored = "half of them mirrored" if resolved["flip"] else "never mirrored"
+    trained, pictures = "all weights", f"resized to {hyper['resize_size']}, cropped to {hyper['crop_size']}, {mirrored}"
+    if resolved["trainable"] == "head":
+        trained, pictures = "the head alone, on features that stay as they were", f"resized to {hyper['crop_size']}, whole"
+    elif resolved["trainable"] == "stage4":
+        trained = "the last stage, the normalisation behind it and the head"
     return [
         ("data", f"{data['train_examples']:,} examples of {_public_name(data['name'], data['revision'])}{_at(data['revision'])}"),
         ("from", f"{_base(weights)}{_at(weights['revision'])}"),
+        ("trained", trained),
         ("steps", f"{hyper['steps']:,} of {hyper['batch_size']} examples; SGD, momentum {hyper['momentum']:g}"),
         ("rate", f"{hyper['base_lr']:g} after {hyper['warmup_steps']:,} steps of warm-up; ten-fold decays after {decays}"),
-        (
-            "pictures",
-            f"resized to {hyper['resize_size']}, cropped to {hyper['crop_size']}, {mirrored}; {resolved['interpolation']}",
-        ),
+        ("pictures", f"{pictures}; {resolved['interpolation']}"),
         ("mixup", f"alpha {hyper['mixup_alpha']}" if hyper["mixup_alpha"] else "none"),
         ("precision", resolved["precision"]),
         ("seed", str(seed)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bit_mixup.config import DistillConfig, PretrainConfig, RunConfig, TransferConfig
+from bit_mixup.environment import versions
 
 _COMMANDS: dict[type[RunConfig], str] = {TransferConfig: "fine-tune", PretrainConfig: "pretrain", DistillConfig: "distill"}
 _OF_ONE_START = ("resume", "overwrite")
@@ -62,6 +63,12 @@ def facts(record: dict[str, Any], seed: int) -> list[tuple[str, str]]:
     if environment.get("git"):
         found.append(("git", environment["git"]))
     return found
+
+
+def present_facts(device: str) -> list[tuple[str, str]]:
+    """Names and values, for people, of what has a say in what is computed by this process."""
+    found = [("device", device), ("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))]
+    return [*found, ("git", state)] if (state := git_state()) else found
 
 
 def _at(revision: str | None) -> str:

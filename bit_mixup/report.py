@@ -6,6 +6,7 @@ whatever classes and files are called is text in it.
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from bit_mixup.unmixing import RuleChoice
 
 TEMPLATES = Path(__file__).parent / "templates"
 MATRIX_CLASSES = 20  # more are too many for a matrix: the pairs that are confused most are listed
+COLUMN_LETTERS = 24  # that fit above a column of the matrix; longer names get numbers
 LISTED_PAIRS = 30
 SHOWN_PICTURES = 12
 THUMBNAIL = 160  # pixels
@@ -43,11 +45,12 @@ class ReportPage:
         choice: the prediction rule.
         outcomes: for each example, by the chosen rule.
         examples: for thumbnails.
+        decided: heading of the sections.
         sections: what was decided and why: headings, and lines under each.
         metrics: of each training step, where they are known.
         scores: on the way, where they were asked for.
         findings: of the doctor, as plain values.
-        more: headings and text, for what a run measured besides.
+        more: headings and text, which may hold tables in Markdown, for what a run measured besides.
         command: that repeats it.
         facts: names and values of what else it takes to repeat it.
     """
@@ -60,6 +63,7 @@ class ReportPage:
     choice: RuleChoice
     outcomes: Outcomes
     examples: EncodedExamples
+    decided: str
     sections: Sequence[tuple[str, Sequence[str]]]
     metrics: Sequence[dict[str, Any]]
     scores: Sequence[dict[str, Any]]
@@ -80,6 +84,9 @@ def render_report(page: ReportPage) -> str:
     counts = outcomes.confusion() if few else None
     return render_page(
         "report.html.j2",
+        title=page.title,
+        command=page.command,
+        facts=page.facts,
         page=page,
         report=report,
         verdict=_verdict(report),
@@ -93,10 +100,44 @@ def render_report(page: ReportPage) -> str:
         confusion=_matrix(counts, outcomes.class_names) if counts is not None else None,
         pairs=None if few else _pairs(outcomes),
         galleries=_galleries(outcomes, page.examples),
+        more=[(heading, _parts(text)) for heading, text in page.more],
     )
 
 
-def render_page(template: str, **values: Any) -> str:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingPage:
+    """What is shown of a run that trained a model to transfer from.
+
+    Args:
+        title: of the page.
+        subtitle: a line below it.
+        headline: figures, and what they are.
+        decided: heading of the sections.
+        sections: what was decided: headings, and lines under each.
+        metrics: of each step.
+        scores: names and values, where there was something to score.
+        command: that repeats it.
+        facts: names and values of what else it takes to repeat it.
+    """
+
+    title: str
+    subtitle: str
+    headline: Sequence[tuple[str, str]]
+    decided: str
+    sections: Sequence[tuple[str, Sequence[str]]]
+    metrics: Sequence[dict[str, Any]]
+    scores: Sequence[tuple[str, str]]
+    command: str
+    facts: Sequence[tuple[str, str]]
+
+
+def render_training(page: TrainingPage) -> str:
+    """The page as HTML."""
+    curves = figure_svg(training_curves(page.metrics), themed=True)
+    return render_page("training.html.j2", title=page.title, command=page.command, facts=page.facts, page=page, curves=curves)
+
+
+def render_page(template: str, *, title: str, command: str, facts: Sequence[tuple[str, str]] = (), **values: Any) -> str:
     """A page from one of the package's templates. Whatever is not a number of ours is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -109,10 +150,24 @@ def render_page(template: str, **values: Any) -> str:
     css, script = (TEMPLATES / name for name in ("page.css", "page.js"))
     return environment.get_template(template).render(
         percent=lambda share: f"{share:.2%}",
+        command_parts=lambda command: re.split(r" (?=--)", command),  # lines break between options, not at their hyphens
         css=Markup(css.read_text(encoding="utf-8")),
         script=Markup(script.read_text(encoding="utf-8")),
+        title=title,
+        command=command,
+        facts=facts,
         **values,
     )
+
+
+def _parts(text: str) -> list[tuple[list[str], list[list[str]] | None]]:
+    """Paragraphs of a text of ours: lines, and cells where these lines are a table in Markdown."""
+    found: list[tuple[list[str], list[list[str]] | None]] = []
+    for paragraph in text.strip().split("\n\n"):
+        lines = paragraph.splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.strip("|-: ")]
+        found.append((lines, cells if lines[0].startswith("|") else None))
+    return found
 
 
 def _verdict(report: EvaluationReport) -> str:
@@ -130,10 +185,13 @@ def _verdict(report: EvaluationReport) -> str:
 
 def _matrix(counts: Any, names: Sequence[str]) -> dict[str, Any]:
     """The confusion matrix: counts, and how strongly to colour each, by the share of its row."""
-    totals = counts.sum(1)
+    totals, longest = counts.sum(1), max(map(len, names))
+    numbered = longest > COLUMN_LETTERS
     rows = [
         {
             "name": name,
+            "head": f"{row + 1}. {name}" if numbered else name,
+            "column": str(row + 1) if numbered else name,
             "cells": [
                 {"count": count, "right": row == column, "shade": round(12 + 48 * count / totals[row]) if count else 0}
                 for column, count in enumerate(counts[row].tolist())
@@ -141,7 +199,7 @@ def _matrix(counts: Any, names: Sequence[str]) -> dict[str, Any]:
         }
         for row, name in enumerate(names)
     ]
-    return {"names": names, "rows": rows, "long": max(map(len, names)) > 4}
+    return {"rows": rows, "numbered": numbered, "upright": longest > 4 and not numbered}
 
 
 def _pairs(outcomes: Outcomes) -> list[dict[str, Any]]:

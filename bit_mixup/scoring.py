@@ -15,11 +15,31 @@ from bit_mixup.errors import CheckpointError, ConfigError, DataError
 from bit_mixup.evaluation import EvaluationReport, evaluate, in_markdown
 from bit_mixup.outcomes import Outcomes
 from bit_mixup.pictures import reason
-from bit_mixup.repeating import facts
+from bit_mixup.repeating import facts, present_facts
 from bit_mixup.report import ReportPage, render_report
 from bit_mixup.runs import RunFolder
+from bit_mixup.scanning import summarize_sizes
 from bit_mixup.sources import TEST_SPLITS, open_source
 from bit_mixup.storage import read_json, write_json, write_text
+
+TRAINED_ON = "the model was trained on examples of this split: its scores here say little of others"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """What a saved model is scored on.
+
+    Args:
+        name: of the data set and split.
+        part: labelled by the model's classes.
+        revision: of the data set on the hub, if it is from there.
+        trained_on: whether the model's run took its training examples from this very split.
+    """
+
+    name: str
+    part: Part
+    revision: str | None
+    trained_on: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +53,7 @@ class Evaluation:
         raw: of the model as it is.
         outcomes: for each example.
         revision: of the data set on the hub, if it is from there.
+        trained_on: whether the model's run took its training examples from this very split.
     """
 
     name: str
@@ -41,6 +62,7 @@ class Evaluation:
     raw: EvaluationReport
     outcomes: Outcomes
     revision: str | None
+    trained_on: bool
 
 
 def evaluate_model(
@@ -75,6 +97,29 @@ def evaluate_model(
         ConfigError: no data set is named, and the model's run does not know one that can be opened again.
         DataError: the data set can not be used, a class is not the model's, or a picture can not be read.
     """
+    examples = find_examples(
+        classifier,
+        dataset,
+        config=config,
+        revision=revision,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    return score_examples(classifier, examples, batch_size=batch_size, num_workers=num_workers, progress=progress)
+
+
+def find_examples(
+    classifier: Classifier,
+    dataset: str | Dataset | DatasetDict | None,
+    *,
+    config: str | None,
+    revision: str | None,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+) -> Examples:
+    """The first half of `evaluate_model`, which decodes no picture."""
     if dataset is None:
         given = {
             "dataset_config": config,
@@ -82,27 +127,35 @@ def evaluate_model(
             "image_column": image_column,
             "label_column": label_column,
         }
-        name, part, commit = _part_of_run(classifier, split, {flag: value for flag, value in given.items() if value is not None})
-    else:
-        source = open_source(dataset, config=config, revision=revision)
-        first = next((known for known in TEST_SPLITS if known in source.splits), next(iter(source.splits)))
-        chosen = pick_split(source, split or first, "split")
-        part = part_for_classes(
-            source, chosen, image_column=image_column, label_column=label_column, class_names=classifier.label_names
-        )
-        name, commit = dataset if isinstance(dataset, str) else "memory", source.revision
+        return _examples_of_run(classifier, split, {flag: value for flag, value in given.items() if value is not None})
+    source = open_source(dataset, config=config, revision=revision)
+    first = next((known for known in TEST_SPLITS if known in source.splits), next(iter(source.splits)))
+    chosen = pick_split(source, split or first, "split")
+    part = part_for_classes(
+        source, chosen, image_column=image_column, label_column=label_column, class_names=classifier.label_names
+    )
+    name = dataset if isinstance(dataset, str) else "memory"
+    return Examples(name=f"{name} ({part.name})", part=part, revision=source.revision, trained_on=False)
+
+
+def score_examples(
+    classifier: Classifier, examples: Examples, *, batch_size: int = 64, num_workers: int = 0, progress: bool = False
+) -> Evaluation:
+    """The second half of `evaluate_model`."""
+    part = examples.part
     logits, shrunk, readable = classifier.logits(part, batch_size=batch_size, num_workers=num_workers, progress=progress)
     if not readable.all():
         raise DataError(reason(part, int(readable.logical_not().nonzero()[0])))
     scores, labels, names = classifier.scores_of(logits, shrunk), torch.from_numpy(part.labels), classifier.label_names
     raw = evaluate(logits, labels, names)
     return Evaluation(
-        name=f"{name} ({part.name})",
+        name=examples.name,
         part=part,
         report=raw if classifier.choice.rule == "raw" else evaluate(scores, labels, names),
         raw=raw,
         outcomes=Outcomes.of(part, part.labels, _log_probs(scores), names),
-        revision=commit,
+        revision=examples.revision,
+        trained_on=examples.trained_on,
     )
 
 
@@ -110,8 +163,8 @@ def _log_probs(scores: Tensor) -> Any:
     return scores.double().log_softmax(1).numpy()
 
 
-def _part_of_run(classifier: Classifier, split: str | None, given: dict[str, str]) -> tuple[str, Part, str | None]:
-    """Name, examples and revision of the data set that the model's run was asked for."""
+def _examples_of_run(classifier: Classifier, split: str | None, given: dict[str, str]) -> Examples:
+    """Examples of the data set that the model's run was asked for."""
     if classifier.run is None:
         raise ConfigError(f"{classifier.name} is not in the folder of a run, which would know its data set: give --dataset.")
     if given:
@@ -135,7 +188,8 @@ def _part_of_run(classifier: Classifier, split: str | None, given: dict[str, str
             f"{asked.dataset} has other classes now than when {classifier.run.path} was trained. Name a data set with --dataset."
         )
     if split is None:
-        return asked.dataset, found.test, found.revision
+        name = f"{asked.dataset} ({found.test.name})"
+        return Examples(name=name, part=found.test, revision=found.revision, trained_on=False)
     part = part_for_classes(
         found.source,
         pick_split(found.source, split, "split"),
@@ -143,12 +197,13 @@ def _part_of_run(classifier: Classifier, split: str | None, given: dict[str, str
         label_column=found.label_column,
         class_names=classifier.label_names,
     )
-    return asked.dataset, part, found.revision
+    trained_on = part.name == found.train.name
+    return Examples(name=f"{asked.dataset} ({part.name})", part=part, revision=found.revision, trained_on=trained_on)
 
 
-def default_evaluation_folder(classifier: Classifier, evaluation: Evaluation) -> Path:
+def default_evaluation_folder(classifier: Classifier, examples: Examples) -> Path:
     """evaluations/<data set>-<split> in the run's folder, or runs/evaluate-<data set>-<split>."""
-    short = evaluation.name.split("/")[-1].replace(" (", "-").replace(")", "").replace(" ", "-")
+    short = examples.name.split("/")[-1].replace(" (", "-").replace(")", "").replace(" ", "-")
     return classifier.run.evaluations / short if classifier.run else Path("runs") / f"evaluate-{short}"
 
 
@@ -189,11 +244,19 @@ def write_evaluation(classifier: Classifier, evaluation: Evaluation, folder: Pat
 
 
 def _page(classifier: Classifier, evaluation: Evaluation, command: str) -> ReportPage:
-    run, record = classifier.run, {}
+    run, record, known = classifier.run, {}, []
     if run is not None:
         record = read_json(run.plan)
-    seed = read_json(run.config)["seed"] if run else None
-    known = [(f"trained with: {name}", value) for name, value in facts(record, seed)] if run and seed is not None else []
+        known = [(f"trained with: {name}", value) for name, value in facts(record, read_json(run.config)["seed"])]
+    sizes = summarize_sizes(evaluation.part, small_area=0, seed=0)
+    smallest, largest = ("x".join(map(str, size)) for size in (sizes.smallest, sizes.largest))
+    all_classes, present = len(classifier.label_names), sum(count > 0 for count in evaluation.report.class_support.values())
+    data_lines = [
+        f"{evaluation.name}: {len(evaluation.part):,} examples, {present:,} of the model's {all_classes:,} classes",
+        f"{sizes.sampled:,} pictures: median area {sizes.median_area:,.0f} px, from {smallest} to {largest}",
+    ]
+    if evaluation.trained_on:
+        data_lines.append(TRAINED_ON)
     scored_on = evaluation.name + (f" @ {evaluation.revision}" if evaluation.revision else "")
     return ReportPage(
         title=f"{classifier.name} on {evaluation.name}",
@@ -205,11 +268,12 @@ def _page(classifier: Classifier, evaluation: Evaluation, command: str) -> Repor
         choice=classifier.choice,
         outcomes=evaluation.outcomes,
         examples=evaluation.part,
-        sections=[(f"{heading} (training)", lines) for heading, lines in record.get("sections", [])],
+        decided="What was scored, and how the model was trained",
+        sections=[("scored", data_lines), *record.get("sections", [])],
         metrics=run.read_metrics() if run and run.metrics.is_file() else [],
         scores=[],
         findings=[],
         more=[],
         command=command,
-        facts=[("data", scored_on), *known],
+        facts=[("data", scored_on), *present_facts(next(classifier.model.parameters()).device.type), *known],
     )

@@ -29,6 +29,7 @@ from bit_mixup.storage import plain_values, read_json, write_json
 RULES: tuple[Rule, ...] = get_args(Rule)
 LEAST_PROBABILITY = 1e-6  # what "unshrink" would make smaller, or negative, is set to this
 RECORD, MEAN_IMAGE, CHOICE = "mixup.json", "mean_image.safetensors", "prediction.json"
+_AS_ASKED = "as asked"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,6 +187,15 @@ class RuleChoice:
     held_out_nll: Mapping[str, float]
     num_held_out: int
 
+    @property
+    def owed_to_held_out(self) -> str:
+        """What was taken from the held-out examples, whose scores are therefore no test of it; empty for nothing."""
+        if self.rule == "raw":
+            return ""
+        if not self.why.startswith(_AS_ASKED):
+            return "the rule was chosen"
+        return "the temperature was fitted" if self.rule == "fitted" else ""
+
     def save(self, folder: Path) -> None:
         """Writes `prediction.json`."""
         write_json(folder / CHOICE, asdict(self))
@@ -232,10 +242,10 @@ def choose_rule(
         ConfigError: "fitted" without held-out examples, or a rule that undoes what was not done.
     """
     check_rule(asked, shrinks=record.shrinks, held_out=held_out is not None)
+    why = "no other was asked for" if asked == "raw" else _AS_ASKED
     if held_out is None:
-        why = (
-            "as asked" if asked != "auto" else "there are no held-out examples to choose by; --validation-fraction holds some out"
-        )
+        if asked == "auto":
+            why = "there are no held-out examples to choose by; --validation-fraction holds some out"
         return RuleChoice(rule="raw" if asked == "auto" else asked, temperature=1.0, why=why, held_out_nll={}, num_held_out=0)
     logits, shrunk, labels = (values.double() if values.is_floating_point() else values for values in held_out)
     scores: dict[str, float] = {
@@ -246,7 +256,6 @@ def choose_rule(
     scores["fitted"] = _cross_fitted_nll(logits, labels, seed)
     fit = fit_temperature(logits, labels)
     rule = min((rule for rule in RULES if rule in scores), key=lambda rule: scores[rule]) if asked == "auto" else asked
-    why = "as asked"
     if asked == "auto":
         listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         why = f"the least negative log-likelihood on {len(labels):,} held-out examples ({listed})"

@@ -318,6 +318,7 @@ def _page(plan: Plan, judged: Judgement, outcomes: Outcomes) -> ReportPage:
         choice=judged.choice,
         outcomes=outcomes,
         examples=plan.data.test,
+        decided="What was done, and why",
         sections=plan.sections(),
         metrics=run.read_metrics(),
         scores=run.read_scores(),

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "recipes")]
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "recipes"), str(TESTS.parent / "benchmarks")]
 
 from hub import LoopbackHub  # noqa: E402  (must run before the libraries read HF_ENDPOINT)
 

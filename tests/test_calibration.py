@@ -380,7 +380,10 @@ def test_what_is_no_probability_is_refused() -> None:
 
 
 def test_diagram_shows_the_bins() -> None:
-    above, below = reliability_diagram(DRAWN_BINS, title="digits").axes
+    figure = reliability_diagram(DRAWN_BINS, title="digits")
+    above, below = figure.axes
+    figure.draw_without_rendering()
+    assert not any(figure.legends[0].get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
     assert above.get_title(loc="left") == "digits"
     assert [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in below.patches] == [(0, 0.5, 4), (0.5, 0.5, 4)]
     assert [text.get_text() for text in below.texts] == ["4", "4"]

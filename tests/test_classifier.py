@@ -14,13 +14,14 @@ import timm
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageFile
 
 import bit_mixup
 from bit_mixup.cli import main as command
 from bit_mixup.errors import CheckpointError, ConfigError, DataError, WeightsError
 from bit_mixup.outcomes import Outcomes
 from bit_mixup.pictures import find_pictures
+from bit_mixup.repeating import present_facts
 from bit_mixup.workflow import TransferResult
 
 RULES = ("raw", "eq15", "temperature", "unshrink", "fitted")
@@ -236,6 +237,29 @@ def test_evaluate_writes_a_report_of_any_data_set(
     assert "holds an evaluation already" in capsys.readouterr().err
     command([*arguments, "--output-dir", str(tmp_path / "report"), "--overwrite", "--rule", "raw"])
     assert json.loads((tmp_path / "report" / "report.json").read_text())["raw"] is None
+
+
+def test_an_evaluation_that_is_there_is_told_before_pictures_are_decoded(
+    run: TransferResult, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_rule(run, "raw", tmp_path / "run")
+    command(["evaluate", str(folder), "--split", "train"])
+    said = capsys.readouterr().out
+    assert "NOTE: the model was trained on examples of this split" in said
+    page = (folder / "evaluations" / "digits-train" / "report.html").read_text(encoding="utf-8")
+    assert "the model was trained on examples of this split" in page
+    assert "digits (train): 1,000 examples, 10 of the model&#39;s 10 classes" in page
+    for name, value in present_facts("cpu"):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page, "what it was scored with, beside what it was trained with"
+    decoded: list[int] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda picture: decoded.append(1))
+    with pytest.raises(SystemExit):
+        command(["evaluate", str(folder), "--split", "train"])
+    assert "holds an evaluation already" in capsys.readouterr().err
+    assert not decoded
+    monkeypatch.undo()
+    command(["evaluate", str(folder)])
+    assert "NOTE" not in capsys.readouterr().out
 
 
 def test_other_versions_are_told(run: TransferResult, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import ask_page, needs_chromium
 
 from bit_mixup.cli import main as command
 from bit_mixup.comparison import compare_runs, mcnemar, render_comparison
@@ -109,6 +110,11 @@ def test_the_doors_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
     command(["compare", str(first), str(this), "--html", str(page), "--json", str(numbers), "--resamples", "500"])
     said, comparison = capsys.readouterr().out, compare_runs([first, this], resamples=500)
     assert comparison.table() in said
+    accuracies, losses, _ = comparison.table().split("\n\n")
+    assert len(accuracies.splitlines()) == len(losses.splitlines()) == 3
+    assert accuracies.endswith(str(comparison.runs[1].verdict))
+    assert comparison.runs[1].nll_difference
+    assert losses.endswith(comparison.runs[1].nll_difference.verdict)
     found = json.loads(numbers.read_text())
     assert found == json.loads(json.dumps(comparison.as_dict()))
     assert found["runs"][1]["verdict"] == comparison.runs[1].verdict
@@ -116,7 +122,37 @@ def test_the_doors_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{comparison.runs[1].mcnemar:.3g}" in text
     assert "a&lt;b&gt;" in text
     assert "a<b>" not in text
-    assert render_comparison(comparison, command="x").count("<tr>") == 3
+    assert render_comparison(comparison, command="x").count("<tr>") == 6
+
+
+SORTED = """
+const rows = (id, n) => [...document.querySelectorAll(`#${id} tbody tr`)].map((row) => row.cells[n].dataset.value);
+const heading = (id, n) => document.querySelectorAll(`#${id} th button`)[n];
+const seen = {shown: [...document.querySelectorAll(".scroll")].every((box) => box.scrollWidth <= box.clientWidth)};
+heading("accuracy", 2).click();
+seen.rising = rows("accuracy", 2);
+heading("nll", 1).click(); heading("nll", 1).click();
+seen.falling = rows("nll", 1);
+"""
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
+    """All columns are in sight on a usual screen, the verdicts at the end of them included."""
+    rng = np.random.default_rng(3)
+    runs = [write(tmp_path / f"a-run-of-some-name-{share}", rng.random(400) < share) for share in (0.7, 0.9, 0.5, 0.72)]
+    comparison = compare_runs(runs, resamples=200)
+    page = tmp_path / "page.html"
+    page.write_text(render_comparison(comparison, command="bit-mixup compare a b --html page.html"), encoding="utf-8")
+    seen = ask_page(page, tmp_path, SORTED)
+    assert seen["shown"]
+    gains = sorted(run.accuracy_difference.mean for run in comparison.runs if run.accuracy_difference)
+    assert [float(value) for value in seen["rising"] if value] == pytest.approx(gains)
+    assert seen["rising"][-1] == "", "the first run has no difference and stands last"
+    assert [float(value) for value in seen["falling"]] == pytest.approx(
+        sorted((run.nll for run in comparison.runs), reverse=True)
+    )
 
 
 def other_picture(folder: Path) -> list[Path]:

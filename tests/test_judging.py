@@ -88,13 +88,33 @@ def test_scores_on_the_way(rich: bit_mixup.TransferResult) -> None:
     assert report["last_test_error"] == 1 - rows[-1]["accuracy"]
 
 
+def test_what_was_held_out_is_no_test_of_what_was_taken_from_it(rich: bit_mixup.TransferResult) -> None:
+    """eq15 was asked for: nothing was chosen. And the scores on the way are not by that rule."""
+    for name in ("report.html", "report.md"):
+        text = (rich.output_dir / name).read_text(encoding="utf-8")
+        assert "Held out of the training split" in text
+        assert "on these very examples" not in text
+        assert "at last, of the model as it is" in text
+    choices = {
+        "auto": RuleChoice(rule="unshrink", temperature=1.0, why="the least ...", held_out_nll={}, num_held_out=9),
+        "fitted": RuleChoice(rule="fitted", temperature=2.0, why="as asked. It is ...", held_out_nll={}, num_held_out=9),
+        "unshrink": RuleChoice(rule="unshrink", temperature=1.0, why="as asked", held_out_nll={}, num_held_out=9),
+    }
+    owed = {name: choice.owed_to_held_out for name, choice in choices.items()}
+    assert owed == {"auto": "the rule was chosen", "fitted": "the temperature was fitted", "unshrink": ""}
+
+
 def test_diagnosis_is_reported_with_its_caveat(rich: bit_mixup.TransferResult) -> None:
     found = read(rich.output_dir)["diagnosis"]
     assert len(found["in_between"]["lams"]) == 11
     assert found["loss_parts"]["mixup"] == pytest.approx(
         sum(found["loss_parts"][n] for n in ("erm", "shrinkage", "perturbation"))
     )
-    assert "not a defence" in (rich.output_dir / "report.md").read_text(encoding="utf-8")
+    text = (rich.output_dir / "report.md").read_text(encoding="utf-8")
+    assert "not a defence" in text
+    table = [line for line in text.split("Between, around")[1].splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 11
+    assert len({len(line) for line in table}) == 1, "the page shows it in letters of one width"
 
 
 def test_transferred_attack_takes_a_model_of_the_same_classes(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
+from markupsafe import escape
 from PIL import Image as Pillow
 from sklearn.metrics import average_precision_score
 from test_training import UNEVEN, difference, in_a_child, weights_of
@@ -31,7 +33,7 @@ import bit_mixup
 from bit_mixup.augmentation import InceptionView
 from bit_mixup.cli import main as command
 from bit_mixup.data import load_image_dataset
-from bit_mixup.errors import CheckpointError, ConfigError, WeightsError
+from bit_mixup.errors import CheckpointError, ConfigError, WeightsError, shown
 from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
@@ -39,6 +41,7 @@ from bit_mixup.laws import TrainingLaw
 from bit_mixup.models import create_bit, load_bit, save_model
 from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy, kl_divergence
 from bit_mixup.prediction import predict_logits
+from bit_mixup.repeating import command_line
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import MicroBatch, cut_batch
 from bit_mixup.training import train as train_model
@@ -332,6 +335,28 @@ def test_one_label_a_picture_is_scored_where_a_split_is_named(short: dict[str, A
     assert json.loads((result.output_dir / "report.json").read_text()) == result.report.as_dict()
 
 
+def test_the_page_of_a_run_says_what_was_done(
+    pretrained: bit_mixup.PretrainResult, short: dict[str, Any], digits: ArrayImages, tmp_path: Path
+) -> None:
+    """Also where nothing was scored, and where several labels were; whatever classes are called."""
+    several = encoded(digits, range(60)).cast_column("labels", List(ClassLabel(names=["<script>", *map(str, range(12))])))
+    data = DatasetDict(train=several, dev=several)
+    scored = bit_mixup.pretrain(dataset=data, test_split="dev", **(short | {"steps": 2, "output_dir": tmp_path / "several"}))
+    assert scored.report is not None
+    for result, scores in ((pretrained, []), (scored, scored.report.summary())):
+        text = (result.output_dir / "report.html").read_text(encoding="utf-8")
+        losses = losses_of(result.output_dir)
+        assert f"<b>{np.mean(losses[-100:]):.4g}</b><span>loss over the last {min(100, len(losses))} steps" in text
+        for heading, lines in result.plan.sections():
+            assert f"<dt>{heading}</dt><dd>" in text
+            assert all(str(escape(shown(line))) in text for line in lines)
+        assert command_line(result.plan.config) in re.sub(r"</?span>", "", text)
+        assert text.count("<svg") == text.count("<script>") == 1
+        assert ("<h2>Scores</h2>" in text) == bool(scores)
+        assert all(f'<tr><td>{name}</td><td class="number">{value}</td></tr>' in text for name, value in scores)
+        assert f"fingerprint {result.plan.data.fingerprint}" in text
+
+
 # Distillation
 
 
@@ -339,6 +364,7 @@ def test_a_student_comes_to_agree_with_its_teacher(digits: ArrayImages, teacher:
     """On test digits, which it has not seen, without mixup."""
     flags = [*FLAGS, "--dataset", "digits", "--teacher", str(teacher), "--model", str(tiny_bit)]
     distill_recipe.main([*flags, "--base-lr", "0.03", "--output-dir", str(tmp_path / "run")])
+    assert f"KL from the teacher {teacher} at temperature" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     config = json.loads((tmp_path / "run" / "plan.json").read_text())["resolved"]
     assert (config["task"], config["hyper"]["mixup_alpha"]) == ("distill", 1.0)
     view = EvaluationView(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import probe as benchmark
 import pytest
 import safetensors.torch
 import torch
@@ -416,3 +417,13 @@ def test_std_eps_has_a_say_in_where_features_are_kept(probe: dict[str, Any], tmp
     recipes = [json.loads((place / "recipe.json").read_text()) for place in cache.iterdir()]
     assert sorted(recipe["std_eps"] for recipe in recipes) == [1e-8, 1e-3]
     assert len({recipe["weights"] for recipe in recipes}) == 1
+
+
+@pytest.mark.slow
+def test_a_probe_trains_fifty_times_faster_than_the_whole_network(tmp_path: Path) -> None:
+    """On the job of `make fine-tune`, shortened, in time of the processor, for others may use it as well."""
+    cpu = {}
+    for trainable, steps in (("all", 15), ("head", 500)):
+        seconds, _ = benchmark.run(trainable, tmp_path / trainable, tmp_path / "features", steps=steps)
+        cpu[trainable] = seconds["training"].cpu / steps
+    assert cpu["all"] > benchmark.BAR * cpu["head"]

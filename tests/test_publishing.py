@@ -29,7 +29,9 @@ FILES = [
     "mixup.json",
     "model.safetensors",
     "prediction.json",
+    "reliability.png",
     "report.json",
+    "training.png",
 ]
 NAMES = ("zero", "<b>one</b>", "two | three", *map(str, range(3, 10)))
 
@@ -155,6 +157,13 @@ def test_the_card_tells_the_figures_of_the_run(run: TransferResult, data: Path, 
     assert "6 of 16 examples" in card.text
     assert "alpha 0.5" in card.text
     assert "--mixup-alpha 0.5" in card.text
+    assert re.search(r"\| trained \| all weights \|", card.text)
+    figures = re.findall(r"!\[[\w ,]+\]\((\S+)\)", card.text)
+    assert figures == ["reliability.png", "training.png"]
+    for name in figures:
+        with Image.open(tmp_path / "dry" / name) as figure:
+            assert min(figure.size) > 500
+            assert len(np.unique(np.asarray(figure.convert("L")))) > 20, "something is drawn"
     # What others have named is text.
     assert "<b>" not in card.text
     assert "&#60;b&#62;one" in card.text or "&lt;b&gt;one" in card.text
@@ -171,6 +180,29 @@ def test_a_card_without_a_licence_says_so(run: TransferResult, tmp_path: Path) -
     known = json.loads((run.output_dir / "model" / "config.json").read_text())["pretrained_cfg"].get("license")
     assert card.data.license == known
     assert ("No licence was stated" in card.text) == (known is None)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "trained", "pictures"),
+    [
+        ("head", "the head alone, on features that stay as they were", "resized to 40, whole; bilinear"),
+        (
+            "stage4",
+            "the last stage, the normalisation behind it and the head",
+            "resized to 48, cropped to 40, never mirrored; bilinear",
+        ),
+    ],
+)
+def test_the_card_of_a_part_says_which(
+    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, trained: str, pictures: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = bit_mixup.transfer(**quick, trainable=trainable)
+    push(result.output_dir, "ada/part", dry_run=tmp_path / "dry")
+    card = ModelCard.load(tmp_path / "dry" / "README.md").text
+    assert f"| trained | {trained} |" in card
+    assert f"| pictures | {pictures} |" in card
+    assert f"--trainable {trainable}" in card
 
 
 def test_models_of_the_hub_are_named_as_such(quick: dict[str, Any], hub: LoopbackHub, tiny_bit: Path, tmp_path: Path) -> None:

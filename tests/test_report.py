@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import ask_page, brightness, needs_chromium, run_chromium
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -28,7 +28,8 @@ from bit_mixup.errors import CheckpointError
 from bit_mixup.evaluation import evaluate, share_interval
 from bit_mixup.outcomes import Outcomes
 from bit_mixup.repeating import command_line, facts, git_state
-from bit_mixup.report import MATRIX_CLASSES
+from bit_mixup.report import COLUMN_LETTERS, MATRIX_CLASSES
+from bit_mixup.scoring import write_evaluation
 from bit_mixup.workflow import TransferResult
 
 DASH = "\u2013"
@@ -168,6 +169,18 @@ def test_the_page_says_what_the_run_measured(which: str, request: pytest.Fixture
     assert list(confidences) == sorted(outcomes.confidence[outcomes.correct])[:12]
 
 
+def test_what_was_measured_besides_is_shown(few: TransferResult) -> None:
+    page = Page(few.output_dir / "report.html")
+    diagnosis = json.loads((few.output_dir / "report.json").read_text())["diagnosis"]
+    between = diagnosis["in_between"]
+    table = next(rows for rows in page.tables.values() if "neither is predicted" in rows[0])
+    columns = zip(between["lams"], between["miss_rate"], between["gradient_norm"], strict=True)
+    assert table[1:] == [[f"{lam:.1f}", f"{miss:.1%}", f"{norm:.4f}"] for lam, miss, norm in columns]
+    assert f"Norm of the logits' Jacobian, mean: {diagnosis['jacobian_norm']:.4f}" in page.text
+    scores = [json.loads(line) for line in (few.output_dir / "scores.jsonl").read_text().splitlines()]
+    assert f"{1 - scores[-1]['accuracy']:.2%} at last, of the model as it is." in page.text
+
+
 def test_few_classes_have_a_matrix_and_many_a_list(few: TransferResult, many: TransferResult) -> None:
     for run in (few, many):
         outcomes = Outcomes.load(run.output_dir / "predictions.csv")
@@ -176,9 +189,13 @@ def test_few_classes_have_a_matrix_and_many_a_list(few: TransferResult, many: Tr
         predicted = [names.index(outcomes.class_names[label]) for label in outcomes.predicted]
         expected = confusion_matrix(labels, predicted, labels=range(len(names)))
         if run is few:
-            matrix = next(rows for name, rows in page.tables.items() if len(rows) == len(names) + 1 and name != "classes")
+            matrix = next(rows for rows in page.tables.values() if rows[0][:2] == ["", "1"])
             found = [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]]
             assert found == expected.tolist()
+            # One of the names is too long to stand above a column: columns have the numbers of rows.
+            assert max(map(len, names)) > COLUMN_LETTERS
+            assert matrix[0] == ["", *(str(number + 1) for number in range(len(names)))]
+            assert [row[0].split(". ")[0] for row in matrix[1:]] == matrix[0][1:]
             continue
         np.fill_diagonal(expected, 0)
         rows = [(names.index(row[0]), names.index(row[1]), int(row[2])) for row in page.tables["pairs"][1:]]
@@ -217,7 +234,8 @@ def test_charts_take_the_readers_colours(few: TransferResult) -> None:
     assert len(charts) == 3  # training, raw, unshrink
     for chart in charts:
         assert "currentColor" in chart
-        assert not re.findall(r"#000000|#ffffff|#dddddd", chart)
+        assert not re.findall(r'(?:: |=")#[0-9a-fA-F]{6}', chart), "each colour has a light and a dark form"
+        assert set(re.findall(r"var\((--\w+)\)", chart)) <= set(re.findall(r"(--\w+): #", text))
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
 
@@ -256,6 +274,7 @@ def test_what_it_takes_to_repeat_a_run(few: TransferResult) -> None:
     page = Page(few.output_dir / "report.html")
     plan = json.loads((few.output_dir / "plan.json").read_text())
     assert command_line(few.plan.config) in page.text
+    assert "<span>--mixup-alpha 0.5</span>" in (few.output_dir / "report.html").read_text(encoding="utf-8"), "lines break between"
     for name, value in facts(plan, few.plan.config.seed):
         assert name in page.text
         assert value in page.text
@@ -294,37 +313,25 @@ def test_a_broken_table_is_explained(tmp_path: Path, text: str | None, message: 
 
 
 CLICKS = """
-<script>
 const column = (n) => [...document.querySelectorAll("#classes tbody tr")].map((row) => row.cells[n].dataset.value);
 const heading = (n) => document.querySelectorAll("#classes th button")[n];
-const seen = {title: document.title, start: column(4)};
+const seen = {title: document.title, start: column(4), command: document.getElementById("command").innerText};
 for (const n of [0, 2, 4]) { heading(n).click(); seen["up" + n] = column(n); heading(n).click(); seen["down" + n] = column(n); }
 seen.sort = heading(4).parentElement.getAttribute("aria-sort");
 seen.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
-const found = document.createElement("pre");
-found.id = "found";
-found.textContent = JSON.stringify(seen);
-document.body.append(found);
-</script>
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium (a Debian package) is not installed")
+@needs_chromium
+@pytest.mark.parametrize("width", [1100, 500])
 @pytest.mark.parametrize("which", ["few", "many"])
-def test_the_page_works_in_a_browser(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_the_page_works_in_a_browser(which: str, width: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run: TransferResult = request.getfixturevalue(which)
-    text = (run.output_dir / "report.html").read_text(encoding="utf-8")
-    (tmp_path / "page.html").write_text(text.replace("</body>", f"{CLICKS}</body>"), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,1400", "--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run(["chromium", *flags, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found
-    seen = json.loads(re.sub(r"&(lt|gt|amp|quot);", lambda m: {"lt": "<", "gt": ">", "amp": "&", "quot": '"'}[m[1]], found[1]))
+    seen = ask_page(run.output_dir / "report.html", tmp_path, CLICKS, width=width)
     assert seen["title"].endswith("fine-tuned")
     assert seen["wide"], "the page is wider than its window"
+    assert seen["command"] == command_line(run.plan.config), "what is copied is what was typed"
     assert seen["sort"] == "descending"
     for n in (2, 4):
         up, down = ([float(value) for value in seen[way + str(n)] if value] for way in ("up", "down"))
@@ -336,23 +343,35 @@ def test_the_page_works_in_a_browser(which: str, request: pytest.FixtureRequest,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium (a Debian package) is not installed")
+@needs_chromium
+def test_the_page_of_an_evaluation_works_in_a_browser(few: TransferResult, tmp_path: Path) -> None:
+    classifier = bit_mixup.load(few.output_dir)
+    evaluation = bit_mixup.evaluate_model(classifier, shapes([EVIL, *ODD])["test"])
+    write_evaluation(classifier, evaluation, tmp_path / "evaluation", command="bit-mixup evaluate")
+    seen = ask_page(tmp_path / "evaluation" / "report.html", tmp_path, CLICKS)
+    assert seen["wide"]
+    assert "taken over" not in seen["title"].split(" on ")[0]
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_the_page_is_dark_for_who_wants_it(few: TransferResult, tmp_path: Path) -> None:
-    shades = []
-    for scheme in ("1", "0"):  # light, dark
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            f"--blink-settings=preferredColorScheme={scheme}",
-        ]
-        picture = tmp_path / f"{scheme}.png"
-        flags += [f"--user-data-dir={tmp_path / scheme}", "--window-size=1100,1400", f"--screenshot={picture}"]
-        subprocess.run(
-            ["chromium", *flags, f"file://{few.output_dir / 'report.html'}"], capture_output=True, timeout=120, check=True
-        )
-        with Image.open(picture) as shot:
-            shades.append(float(np.asarray(shot.convert("L")).mean()))
-    assert shades[0] > 220
-    assert shades[1] < 70
+    page = few.output_dir / "report.html"
+    assert brightness(page, tmp_path, dark=False) > 220
+    assert brightness(page, tmp_path, dark=True) < 70
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_scrolls_on_a_screen_is_whole_on_paper(many: TransferResult, tmp_path: Path) -> None:
+    text = (many.output_dir / "report.html").read_text(encoding="utf-8")
+    sheets = []
+    for times in (1, 20):  # 30 and 600 classes
+        rows = re.search(r'id="classes">.*?<tbody>\n(.*?)</tbody>', text, re.DOTALL)
+        assert rows
+        page, paper = tmp_path / f"{times}.html", tmp_path / f"{times}.pdf"
+        page.write_text(text.replace(rows[1], rows[1] * times), encoding="utf-8")
+        run_chromium(page, tmp_path, f"--print-to-pdf={paper}")
+        sheets.append(len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes())))
+    assert 2 <= sheets[0] <= 9
+    assert sheets[1] >= sheets[0] + 8
