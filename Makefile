@@ -114,8 +114,14 @@ docs: $(READY) ## write docs/api.md anew from the docstrings
 	$(BIN)/python recipes/make_api.py
 
 bench: $(READY) ## time steps, loops, input and start-up beside others' ways (most of an hour, on an idle machine); writes docs/performance.md
-	@for part in training evaluating input loops predicting probe start scaling; do \
-	  echo "== $$part"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$part.py || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluating.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/input.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loops.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/predicting.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/start.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/write.py
 
 soak: $(READY) ## kill a small training run at random moments 50 times, resume it, compare the bits (ARGS='--kills 6 --processes 2')

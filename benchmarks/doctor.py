@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SHARD = 20_000  # pictures
@@ -118,11 +119,11 @@ def show(what: str, found: dict[str, float]) -> None:
     print(f"{what:<64} {found['seconds']:7.1f} s  {memory}  {found['found'] or ''}", flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Makes, measures, prints, deletes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=100_000)
-    pictures = parser.parse_args().pictures
+    pictures = parser.parse_args(argv).pictures
     with tempfile.TemporaryDirectory(prefix="bit_mixup_doctor_") as root:
         folder = Path(root) / "set"
         folder.mkdir()

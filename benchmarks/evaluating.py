@@ -7,7 +7,7 @@ rounding.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import peers
@@ -21,12 +21,12 @@ EDGE, BATCH = 128, 16
 TARGETS = {"ours, bf16": {"timm": 0.50, "timm, bf16": 0.88}}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/evaluating.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     base = peers.r50x1().eval()
     big, hf = peers.big_transfer_of(base).eval(), peers.transformers_of(base).eval()

@@ -11,7 +11,7 @@ first ("draft"), and resizing on tensors; how far their pixels are from those of
 
 import argparse
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,11 @@ def on_tensors(view: View, file: bytes, position: int) -> np.ndarray:
     return (crop.flip(2) if mirror else crop).numpy()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/input.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     parts, checks, distances = {}, {}, {}
     for job, (kind, width, height, resize, crop, count) in JOBS.items():

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +176,12 @@ def overhead(rounds: int, root: Path, steps: int = 200, size: int = 32) -> list[
     return interleave({"the bare step": bare, "`bit_mixup.train`": whole}, rounds=rounds)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/loops.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         whole = digits(asked.steps, asked.rounds, Path(place))

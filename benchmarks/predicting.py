@@ -8,6 +8,7 @@ The model is the bundled one after two steps on the digits: what it knows has no
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,12 @@ def photographs(folder: Path, number: int) -> list[Path]:
     return files
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/predicting.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     parts = {}
     with tempfile.TemporaryDirectory() as place:

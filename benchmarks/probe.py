@@ -13,7 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -99,12 +99,12 @@ def middle(runs: list[dict[str, Seconds]], part: str) -> Seconds:
     return Seconds(statistics.median(r[part].wall for r in runs), statistics.median(r[part].cpu for r in runs))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Times, prints a table, and says whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="probes, of which the median counts")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/probe.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     repeats = asked.repeats
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bit_mixup_probe_") as root:

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ def images_a_second(processes: int, steps: int, folder: Path, precision: str) ->
     return statistics.median(row["images_per_second"] for row in rows[20:])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/scaling.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     measured: dict[str, list[dict[str, float]]] = {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as place:
         for turn in range(asked.rounds):

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import Row, quartiles, save, table
@@ -47,11 +48,11 @@ def run(arguments: list[str]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/start.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     names = list(COMMANDS)
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(asked.rounds + 1):

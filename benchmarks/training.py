@@ -165,12 +165,12 @@ def ways_named(name: str, batch_size: int) -> Iterator[tuple[str, Callable[[], f
             return
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/training.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     peaks = {"fp32": peak(torch.float32), "bf16": peak(torch.bfloat16)}
     flops = operations(asked.batch_size)

@@ -8,6 +8,7 @@ Words are in `performance.md.j2` beside this file, figures in runs/benchmarks/*.
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ def checks(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     measured = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(asked.folder.glob("*.json"))}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,

@@ -57,18 +57,36 @@ def memory_explained() -> Iterator[None]:
         ) from error
 
 
-def keep_memory(device: torch.device) -> None:
-    """Lets the C library keep what a step frees for the next one, on the CPU.
+@contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Lets the C library keep what a step frees for the next one, on the CPU; at the end what is not in use goes back.
 
     Left alone, glibc gives the end of its heap back to the operating system in each step and gets it anew in the next, each page
     with a fault: 3 to 7 % of a step's time. Whoever has set the size from which blocks are mapped is not overruled.
     """
     if device.type != "cpu" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
         return
+    _set_glibc(mapped_from=2**25, trimmed_from=2**31 - 1, padding=2**26)
+    try:
+        yield
+    finally:
+        _set_glibc(mapped_from=2**25, trimmed_from=2**26, padding=2**17)  # as glibc itself would have come to set it by then
+        _trim_heap()
+
+
+def _set_glibc(*, mapped_from: int, trimmed_from: int, padding: int) -> None:
+    """Sizes in bytes: from which on blocks are mapped one by one, or the free end of the heap goes back; and what the heap
+    grows by beyond what is needed."""
     with suppress(OSError, AttributeError):  # other C libraries have no such calls
         glibc = ctypes.CDLL(None)
-        for name, value in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
+        for name, value in ((_M_MMAP_THRESHOLD, mapped_from), (_M_TRIM_THRESHOLD, trimmed_from), (_M_TOP_PAD, padding)):
             glibc.mallopt(name, value)
+
+
+def _trim_heap() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def release_memory() -> None:
@@ -78,11 +96,8 @@ def release_memory() -> None:
     of a megabyte and more go back at once: slower, but then what is free can be had.
     """
     clear_device_cache(garbage_collection=True)
-    with suppress(OSError, AttributeError):  # other C libraries have no such calls
-        glibc = ctypes.CDLL(None)
-        for name, value in ((_M_MMAP_THRESHOLD, 2**20), (_M_TRIM_THRESHOLD, 2**20), (_M_TOP_PAD, 0)):
-            glibc.mallopt(name, value)
-        glibc.malloc_trim(0)
+    _set_glibc(mapped_from=2**20, trimmed_from=2**20, padding=0)
+    _trim_heap()
 
 
 def avoid_broken_primitives(error: BaseException) -> None:

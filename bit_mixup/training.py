@@ -28,7 +28,7 @@ from bit_mixup.memory import (
     find_cuts,
     free_bytes,
     is_out_of_memory,
-    keep_memory,
+    kept_memory,
     largest_pass,
     release_memory,
     smaller_cuts,
@@ -222,11 +222,11 @@ class StepWork:
     num_workers: int
 
     def __post_init__(self) -> None:
-        keep_memory(self.accelerator.device)
         last = self.speedups.memory_format == "channels_last"
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.model.to(self.accelerator.device).to(memory_format=self.memory_format)
         self.setting = ExitStack()
+        self.setting.enter_context(kept_memory(self.accelerator.device))
         if self.speedups.quick_layers:  # approximate mixup differentiates twice
             self.setting.enter_context(quick_layers(self.model, norms=self.law.form != "approximate"))
         self.dtype = next(self.model.parameters()).dtype
@@ -302,7 +302,9 @@ class StepWork:
         """Standardised filters for all passes of a step, where there are several."""
         if passes < 2 or not (self.speedups.quick_layers and self.speedups.keep_filters):
             return nullcontext()
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        kind = self.accelerator.device.type
+        with self.accelerator.autocast():
+            half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return KeptFilters(self.model).for_passes(half)
 
     def retreat(self, step: int) -> str:

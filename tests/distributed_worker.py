@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
+from bit_mixup import environment
 from bit_mixup.augmentation import InceptionView
 from bit_mixup.cli import main as command
 from bit_mixup.data import load_image_dataset
@@ -40,6 +41,7 @@ from bit_mixup.sampling import GROUP_SIZE, cut_batch
 from bit_mixup.training import train as train_model
 from bit_mixup.weights import find_network
 
+environment.CPU_INFO = Path("no_cpuinfo")  # a processor without bf16, so that tests are the same on all
 VIEW = View(resize_size=48, crop_size=40, flip=False, interpolation="bilinear")
 RULE = HyperParameters(
     resize_size=48, crop_size=40, steps=60, warmup_steps=10, decay_steps=(100,), batch_size=64, base_lr=0.003, mixup_alpha=0.4

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from bit_mixup import environment
 from bit_mixup.cli import main as command
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.laws import TrainingLaw
@@ -32,6 +33,7 @@ from bit_mixup.sampling import cut_batch
 from bit_mixup.training import train
 from bit_mixup.weights import find_network
 
+environment.CPU_INFO = Path("no_cpuinfo")  # a processor without bf16, so that tests are the same on all
 NUM_CLASSES = 10
 MEASURED = {  # network, pixels, examples of a pass
     "small": ("bundled", 40, 128),

@@ -75,7 +75,11 @@ def dry_run(words: list[str]) -> list[list[str]]:
     """What make would run, as words."""
     done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [shlex.split(line) for line in done.stdout.splitlines() if line and not line.startswith((" ", "@", "awk"))]
+    lines = [
+        shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))
+        for line in done.stdout.splitlines()
+        if line and not line.startswith((" ", "@", "awk"))
+    ]
     return [words for words in lines if Path(words[0]).name in PROGRAMS and words[1:2] != ["-m"] and words[1:2] != ["-c"]]
 
 
@@ -98,16 +102,16 @@ def parse(words: list[str]) -> Any:
             cli.main(rest)
             assert rest == ["models"]
             return None
-        assert rest[0].startswith("recipes/")
-        recipe(Path(rest[0]).stem).main(rest[1:])
+        assert rest[0].startswith(("recipes/", "benchmarks/"))
+        recipe(Path(rest[0]).stem, Path(rest[0]).parent.name).main(rest[1:])
     except ParsedError as done:
         return done.args[0]
     raise AssertionError(f"{words}: nothing was parsed")
 
 
-def recipe(name: str) -> Any:
-    if str(ROOT / "recipes") not in sys.path:
-        sys.path.insert(0, str(ROOT / "recipes"))
+def recipe(name: str, folder: str = "recipes") -> Any:
+    if str(ROOT / folder) not in sys.path:
+        sys.path.insert(0, str(ROOT / folder))
     return importlib.import_module(name)
 
 
