@@ -75,11 +75,7 @@ def dry_run(words: list[str]) -> list[list[str]]:
     """What make would run, as words."""
     done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [
-        shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "))
-        for line in done.stdout.splitlines()
-        if line and not line.startswith((" ", "@", "awk"))
-    ]
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if line and not line.startswith((" ", "@", "awk"))]
     return [words for words in lines if Path(words[0]).name in PROGRAMS and words[1:2] != ["-m"] and words[1:2] != ["-c"]]
 
 
