@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import peers
 import torch
-from accelerate import Accelerator
 from harness import Work, interleave, save, table
 from torch.utils.data import DataLoader
-from training import OneBatch, Ours
+from training import OneBatch, Ours, accelerator
 
 import bit_mixup
 from bit_mixup.examples import TrainingStream
@@ -96,11 +95,9 @@ def digits(steps: int, rounds: int, root: Path) -> list[Any]:
             hyper = HyperParameters(
                 resize_size=48, crop_size=40, steps=steps, warmup_steps=0, decay_steps=(), batch_size=BATCH, base_lr=0.001
             )
-            accelerator = Accelerator(cpu=True)
-            accelerator.state._shared_state["_mixed_precision"] = precision
             with in_silence():
                 train(
-                    copy.deepcopy(base), TrainingStream(part=data.train, view=view, seed=0), hyper, accelerator,
+                    copy.deepcopy(base), TrainingStream(part=data.train, view=view, seed=0), hyper, accelerator(precision),
                     law=TrainingLaw(), cuts=cut_batch(BATCH), run=run, save_every=10**6,
                 )  # fmt: skip
             losses = [row["loss"] for row in run.read_metrics()]
@@ -158,8 +155,6 @@ def overhead(rounds: int, root: Path, steps: int = 200, size: int = 32) -> list[
         hyper = HyperParameters(
             resize_size=40, crop_size=40, steps=steps, warmup_steps=0, decay_steps=(), batch_size=size, base_lr=peers.RATE
         )
-        accelerator = Accelerator(cpu=True)
-        accelerator.state._shared_state["_mixed_precision"] = "no"
         with in_silence():
             train(
                 copy.deepcopy(tiny),

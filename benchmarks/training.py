@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/training.py
 
 R50x1 at 128 pixels, ten classes, random weights, a batch of --batch-size pictures, one thread. Each way takes one step in each
-round, all from the same weights and pictures: their losses must agree, within rounding. What a step costs in floating-point
-operations is counted, so that it shows how much of what this processor can do at best is reached; no way may seem to do more.
+round, at a rate of 0, so that all start from the same weights and pictures: their losses must agree, within rounding. What a
+step costs in floating-point operations is counted, so that it shows how much of what this processor can do at best is reached;
+no way may seem to do more.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import peers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from harness import Work, check, interleave, peak_memory, save, table
 from timm.models.resnetv2 import ResNetV2
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +36,7 @@ from bit_mixup.sampling import cut_batch
 from bit_mixup.training import StepWork
 
 EDGE = 128
+RATE = 0.0  # so that all steps of all rounds start from the same weights; a step costs the same
 TARGETS = {  # name of the way: (whose ratio, at most)
     "ours, bf16": {"timm, bf16": 0.95, "timm": 0.55},
     "ours": {"timm": 1.03},
@@ -55,6 +58,12 @@ class OneBatch:
         return self.images[rows[0] : rows[-1] + 1], self.labels[rows]
 
 
+def accelerator(precision: str) -> Accelerator:
+    """Accelerate's, of a precision ("no" or "bf16") that others before it need not have had."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=True, mixed_precision=precision)
+
+
 class Ours:
     """The backward passes and the optimizer of `bit_mixup.train`, without its log, checkpoints and signals."""
 
@@ -63,20 +72,19 @@ class Ours:
         hyper = HyperParameters(
             resize_size=EDGE, crop_size=EDGE, steps=2**20, warmup_steps=0, decay_steps=(), batch_size=count, base_lr=peers.RATE
         )
-        self.accelerator = Accelerator(cpu=True)
         self.precision = "bf16" if bf16 else "no"
-        self.accelerator.state._shared_state["_mixed_precision"] = self.precision
+        self.accelerator = accelerator(self.precision)
         self.work = StepWork(
             model, stream, hyper, self.accelerator, TrainingLaw(), SoftmaxCrossEntropy(), None, speedups, 0, 0
         )  # fmt: skip
-        self.work.cut(cut_batch(count, micro_batch=count // split), first_step=0)
+        self.work.cut(cut_batch(count, micro_batch=count // split, group_size=TrainingLaw().group_size), first_step=0)
         self.model = model.train()
         fused = speedups.fused_optimizer
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=peers.RATE, momentum=peers.MOMENTUM, fused=fused)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=peers.MOMENTUM, fused=fused)
         self.done = 0
 
     def __call__(self) -> float:
-        self.accelerator.state._shared_state["_mixed_precision"] = self.precision  # one for all of the process
+        AcceleratorState._shared_state["_mixed_precision"] = self.precision  # which is one for all of the process
         loss, _ = self.work.backward(self.done, self.work.own)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -97,7 +105,7 @@ def ways(batch_size: int) -> Iterator[tuple[str, Callable[[], float]]]:
         network, shown = network.train(), images
         if last:
             network, shown = network.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
-        optimizer = peers.momentum_sgd(network)
+        optimizer = peers.momentum_sgd(network, RATE)
         return lambda: peers.plain_step(network, optimizer, shown, targets, bf16=bf16, split=split)
 
     def ours(*, bf16: bool, split: int = 1, **off: Any) -> Callable[[], float]:
@@ -174,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     peaks = {"fp32": peak(torch.float32), "bf16": peak(torch.bfloat16)}
     flops = operations(asked.batch_size)
-    names = [name for name, _ in ways(2)]
+    names = [name for name, _ in ways(4)]
     memories = {name: memory(name, asked.batch_size) for name in names}
     steps = dict(ways(asked.batch_size))
 

@@ -36,8 +36,8 @@ from bit_mixup.images import View
 from bit_mixup.models import Normalize
 from bit_mixup.storage import whole_folder, write_json, write_text
 
-ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v4", 40
-CHANNELS = (64, 128, 256, 640)  # of the four stages
+ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v5", 40
+CHANNELS = (64, 128, 256, 608)  # of the four stages
 HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
 SHOTS, DRAWS = (1, 5, 10), 20
 FEATURE_SCALE, FILTER_SCALE = 1.8, 0.65  # of (1, 1), these and (3, 0.5), fine-tuned on held-out pictures
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--weight-decay", type=float, default=3e-4)
     parser.add_argument("--warmup-steps", type=int, default=500)
-    parser.add_argument("--decays", type=float, nargs="*", default=[0.7, 0.88, 0.96], help="as shares of the steps")
+    parser.add_argument("--decays", type=float, nargs="*", default=[0.3, 0.65, 0.95], help="as shares of the steps")
     parser.add_argument("--min-area", type=float, default=0.6)
     parser.add_argument("--num-workers", type=int, default=0, help="processes that distort drawings")
     parser.add_argument("--seed", type=int, default=0)
