@@ -5,6 +5,7 @@ normalisation. timm computes both by operations that were made for something els
 fit; for the time of a training run they take the place of timm's, with the same weights under the same names.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from timm.layers.std_conv import StdConv2d
 from torch import Tensor
 
 _aten: Any = torch.ops.aten
+SMALL_MAP = 16  # pixels up to which 3 x 3 filters are applied as a matrix product
 WIDE_GROUP = 16  # channels of a group from which torch's group normalisation in channels last works on whole vectors
 LARGE_MAP = 1024  # pixels from which torch's forward pass does so for narrow groups, too
 
@@ -41,10 +43,35 @@ class QuickConv(StdConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """As timm's."""
         weight = standardise(self.weight, self.eps) if self.kept is None else self.kept
-        by_pixels = (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        if by_pixels and is_bf16_channels_last(x):  # a matrix product, for which there are quicker kernels where maps are small
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if is_bf16_channels_last(x) and self._suits_product(x):
+            rows = patches(x, self.kernel_size[0], self.stride[0])
+            return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _suits_product(self, x: Tensor) -> bool:
+        """Whether a matrix product of patches by filters takes less time than torch's convolution, in bf16.
+
+        It always does for 1 x 1 filters, for 3 x 3 filters where the maps that come out are small: 0.6 to 0.9 of the time.
+        """
+        if self.groups != 1 or self.dilation != (1, 1) or self.stride[0] != self.stride[1]:
+            return False
+        if self.kernel_size == (1, 1):
+            return self.padding == (0, 0)
+        edges = ((edge + 2 - 3) // self.stride[0] + 1 for edge in x.shape[2:])
+        return self.kernel_size == (3, 3) and self.padding == (1, 1) and math.prod(edges) <= SMALL_MAP
+
+
+def patches(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """What a filter of 1 x 1 or 3 x 3 (with one pixel of zeros around maps (N, C, H, W)) is laid over, (N, H', W', k k C)."""
+    pixels = x.permute(0, 2, 3, 1)
+    if kernel_size == 1:
+        return pixels[:, ::stride, ::stride]
+    height, width = ((edge - 1) // stride * stride + 1 for edge in x.shape[2:])
+    padded = F.pad(pixels, (0, 0, 1, 1, 1, 1))
+    shifted = [
+        padded[:, row : row + height : stride, column : column + width : stride] for row in range(3) for column in range(3)
+    ]
+    return torch.cat(shifted, dim=-1)
 
 
 class QuickGroupNorm(GroupNormAct):
