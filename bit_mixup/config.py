@@ -108,6 +108,8 @@ class RunConfig(DataConfig):
     """How pictures and filters lie in memory; it changes time, and rounding."""
     quick_layers: bool = True
     """Compute weight standardisation and group normalisation by operations that take less time than timm's."""
+    fused_norms: bool = True
+    """On a GPU, compute group normalisation and ReLU by one kernel."""
     keep_filters: bool = True
     """Standardise filters once a step, not in each of its backward passes."""
     fused_optimizer: bool = True

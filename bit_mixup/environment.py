@@ -42,12 +42,14 @@ class Speedups:
     Args:
         memory_format: how pictures and filters lie in memory.
         quick_layers: whether weight standardisation and group normalisation are computed by `bit_mixup.layers`, or as timm does.
+        fused_norms: whether on a GPU group normalisation and ReLU are one kernel; with quick layers alone.
         keep_filters: whether filters are standardised once a step, or in each of its backward passes; with quick layers alone.
         fused_optimizer: whether a step of SGD is one operation.
     """
 
     memory_format: MemoryFormat = "channels_last"
     quick_layers: bool = True
+    fused_norms: bool = True
     keep_filters: bool = True
     fused_optimizer: bool = True
 
@@ -56,6 +58,7 @@ class Speedups:
         chosen = [
             self.memory_format.replace("_", " "),
             "quick layers" if self.quick_layers else "timm's layers",
+            *(["on a GPU normalisation fused with ReLU"] if self.fused_norms and self.quick_layers else []),
             "filters standardised " + ("once a step" if self.keep_filters and self.quick_layers else "in each pass"),
             "fused SGD" if self.fused_optimizer else "plain SGD",
         ]

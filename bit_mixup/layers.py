@@ -6,19 +6,22 @@ fit; for the time of a training run they take the place of timm's, with the same
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import GroupNormAct
+from timm.layers.norm_act import GroupNorm1Act, GroupNormAct
 from timm.layers.std_conv import StdConv2d
-from torch import Tensor
+from torch import Tensor, nn
 
 _aten: Any = torch.ops.aten
 SMALL_MAP = 16  # pixels up to which 3 x 3 filters are applied as a matrix product
 WIDE_GROUP = 16  # channels of a group from which torch's group normalisation in channels last works on whole vectors
+WIDEST_GROUP = 4096  # channels of a group up to which the fused kernel holds one pixel of it at a time
 LARGE_MAP = 1024  # pixels from which torch's forward pass does so for narrow groups, too
 
 
@@ -77,15 +80,76 @@ def patches(x: Tensor, kernel_size: int, stride: int) -> Tensor:
 class QuickGroupNorm(GroupNormAct):
     """Group normalisation and activation, quick also where bf16 pictures lie channels last and groups are narrow."""
 
+    fused = False  # whether on a GPU both are one kernel
+
     def forward(self, x: Tensor) -> Tensor:
         """As timm's."""
         normed: Any
+        if self.fused and on_gpu(x) and (fused := fused_norm()) is not None and self._suits_fused(x):
+            normed = fused.apply(x, self.weight, self.bias, self.num_groups, self.eps, isinstance(self.act, nn.ReLU))
+            return normed  # type: ignore[no-any-return]
         if x.shape[1] // self.num_groups < WIDE_GROUP and is_bf16_channels_last(x):
             normed = NarrowGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         else:
             normed = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         activated: Tensor = self.act(self.drop(normed))
         return activated
+
+    def _suits_fused(self, x: Tensor) -> bool:
+        plain = isinstance(self.act, nn.ReLU | nn.Identity) and isinstance(self.drop, nn.Identity)
+        known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous(memory_format=torch.channels_last)
+        return plain and known and x.shape[1] // self.num_groups <= WIDEST_GROUP
+
+
+class FusedGroupNorm(QuickGroupNorm):
+    """Group normalisation and activation by one kernel, where there is a GPU that Triton compiles for."""
+
+    fused = True
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton compiles for where these maps are."""
+    return x.is_cuda
+
+
+@cache
+def fused_norm() -> Any:
+    """`bit_mixup.kernels.FusedGroupNorm` where it works here; None, after a warning, where it does not.
+
+    It is tried once in a process, on a GPU and beside torch's own: Triton comes with torch for some systems alone, and wants a
+    compiler at its first use.
+    """
+    try:
+        from bit_mixup.kernels import FusedGroupNorm as Kernels
+
+        check_fused_norm(Kernels, torch.device("cuda"))
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(f"normalisation and ReLU are not fused, and take more time: {said[-1]}", stacklevel=2)
+        return None
+    return Kernels
+
+
+def check_fused_norm(kernels: Any, device: torch.device) -> None:
+    """Compares it with torch's own, forward and backward, on small maps.
+
+    Raises:
+        ArithmeticError: they do not agree.
+    """
+    draws = torch.Generator().manual_seed(0)
+    maps, given = (torch.randn(2, 12, 5, 3, generator=draws) + 1 for _ in range(2))
+    weight, bias = torch.randn(2, 12, generator=draws)
+    results = []
+    with torch.enable_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        for own in (True, False):
+            inputs = [values.to(device).requires_grad_() for values in (maps, weight, bias)]
+            x = inputs[0].contiguous(memory_format=torch.channels_last)
+            _, scale, shift = inputs
+            y = kernels.apply(x, scale, shift, 4, 1e-5, True) if own else F.group_norm(x, 4, scale, shift, 1e-5).relu()
+            results.append([y, *torch.autograd.grad(y, inputs, given.to(device))])
+    for found, wanted in zip(*results, strict=True):
+        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4):
+            raise ArithmeticError("what the fused kernel gives differs from torch's group normalisation.")
 
 
 def is_bf16_channels_last(x: Tensor) -> bool:
@@ -170,14 +234,15 @@ def _affine(maps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @contextmanager
-def quick_layers(model: torch.nn.Module, *, norms: bool = True) -> Iterator[None]:
+def quick_layers(model: nn.Module, *, norms: bool = True, fused: bool = True) -> Iterator[None]:
     """Puts these layers in the place of timm's for a while; weights stay where they are, and so do their names.
 
     Args:
         model: built by timm.
         norms: also of group normalisation, whose backward pass can not be differentiated once more here.
+        fused: on a GPU group normalisation and activation by one kernel.
     """
-    replaced = make_quick(model, norms=norms)
+    replaced = make_quick(model, norms=norms, fused=fused)
     try:
         yield
     finally:
@@ -185,9 +250,10 @@ def quick_layers(model: torch.nn.Module, *, norms: bool = True) -> Iterator[None
             module.__class__ = kind
 
 
-def make_quick(model: torch.nn.Module, *, norms: bool = True) -> list[tuple[torch.nn.Module, type]]:
+def make_quick(model: nn.Module, *, norms: bool = True, fused: bool = True) -> list[tuple[nn.Module, type]]:
     """Puts these layers in the place of timm's; gives those that were replaced, and what they were."""
-    replacements: dict[type, type] = {StdConv2d: QuickConv} | ({GroupNormAct: QuickGroupNorm} if norms else {})
+    norm = FusedGroupNorm if fused else QuickGroupNorm
+    replacements: dict[type, type] = {StdConv2d: QuickConv} | ({GroupNormAct: norm, GroupNorm1Act: norm} if norms else {})
     replaced = [(module, type(module)) for module in model.modules() if type(module) in replacements]
     for module, kind in replaced:
         module.__class__ = replacements[kind]
@@ -204,7 +270,7 @@ class KeptFilters:
         model: inside of `quick_layers`.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._convs = [module for module in model.modules() if isinstance(module, QuickConv)]
 
     @contextmanager

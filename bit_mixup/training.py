@@ -228,7 +228,8 @@ class StepWork:
         self.setting = ExitStack()
         self.setting.enter_context(kept_memory(self.accelerator.device))
         if self.speedups.quick_layers:  # approximate mixup differentiates twice
-            self.setting.enter_context(quick_layers(self.model, norms=self.law.form != "approximate"))
+            norms = self.law.form != "approximate"
+            self.setting.enter_context(quick_layers(self.model, norms=norms, fused=self.speedups.fused_norms))
         self.dtype = next(self.model.parameters()).dtype
         self.checkpointing = False
         self.waited = 0.0  # seconds

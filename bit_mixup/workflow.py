@@ -343,7 +343,7 @@ def time_run(plan: Plan, *, timed_steps: int = 3) -> float:
         assert isinstance(model, ResNetV2)
         freeze(model, plan.config.trainable)
         if plan.config.quick_layers:
-            make_quick(model)
+            make_quick(model, fused=plan.config.fused_norms)
         images = torch.randn(size, 3, hyper.crop_size, hyper.crop_size, device=device)
         if plan.config.memory_format == "channels_last":
             model.to(memory_format=torch.channels_last)

@@ -12,6 +12,7 @@ from timm.layers.std_conv import StdConv2d
 from torch import Tensor
 
 from bit_mixup.layers import (
+    FusedGroupNorm,
     KeptFilters,
     NarrowGroupNorm,
     QuickConv,
@@ -203,10 +204,12 @@ def test_layers_are_put_back(model: torch.nn.Module) -> None:
     kinds = [type(module) for module in model.modules()]
     names = list(model.state_dict())
     with quick_layers(model):
-        assert {QuickConv, QuickGroupNorm} <= {type(module) for module in model.modules()}
+        assert {QuickConv, FusedGroupNorm} <= {type(module) for module in model.modules()}
         assert list(model.state_dict()) == names
         assert isinstance(model.stages[0].blocks[0].conv1, StdConv2d)
     assert [type(module) for module in model.modules()] == kinds
+    with quick_layers(model, fused=False):
+        assert {QuickConv, QuickGroupNorm} <= {type(module) for module in model.modules()}
     with quick_layers(model, norms=False):
         assert not any(isinstance(module, QuickGroupNorm) for module in model.modules())
 
