@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import transforms
 
-DEPTHS, WIDTHS = (3, 4, 6, 3), (256, 512, 1024, 2048)  # of R50x1
 RATE, MOMENTUM = 0.003, 0.9
 
 
@@ -59,16 +58,16 @@ class PreActBottleneck(nn.Module):
         return out + residual
 
 
-class BigTransferR50x1(nn.Module):
+class BigTransfer(nn.Module):
     """Its network."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, depths: Sequence[int], widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
-        stem = [("conv", StdConv2d(3, 64, 7, stride=2, padding=3, bias=False)), ("pad", nn.ConstantPad2d(1, 0))]
+        cin = widths[0] // 4
+        stem = [("conv", StdConv2d(3, cin, 7, stride=2, padding=3, bias=False)), ("pad", nn.ConstantPad2d(1, 0))]
         self.root = nn.Sequential(OrderedDict([*stem, ("pool", nn.MaxPool2d(3, stride=2, padding=0))]))
         blocks: list[nn.Module] = []
-        cin = 64
-        for number, (depth, cout) in enumerate(zip(DEPTHS, WIDTHS, strict=True)):
+        for number, (depth, cout) in enumerate(zip(depths, widths, strict=True)):
             units = []
             for unit in range(depth):
                 units.append(PreActBottleneck(cin, cout, 2 if unit == 0 and number else 1))
@@ -86,11 +85,17 @@ class BigTransferR50x1(nn.Module):
         return self.head(self.body(self.root(x)))[..., 0, 0]
 
 
-def big_transfer_of(model: nn.Module) -> BigTransferR50x1:
-    """Its network with the weights of timm's R50x1."""
+def shape_of(model: nn.Module) -> tuple[list[int], list[int]]:
+    """Blocks and channels of each stage of timm's network."""
+    stages: Any = model.stages
+    return [len(stage.blocks) for stage in stages], [stage.blocks[-1].conv3.out_channels for stage in stages]
+
+
+def big_transfer_of(model: nn.Module) -> BigTransfer:
+    """Its network with the weights of timm's."""
     names = {"gn1": "norm1", "gn2": "norm2", "gn3": "norm3", "downsample": "downsample.conv"}
     theirs = model.state_dict()
-    network = BigTransferR50x1(int(model.num_classes))
+    network = BigTransfer(*shape_of(model), int(model.num_classes))
     state = {}
     for name, tensor in network.state_dict().items():
         parts = name.split(".")
@@ -109,11 +114,12 @@ def big_transfer_of(model: nn.Module) -> BigTransferR50x1:
 
 
 def transformers_of(model: nn.Module) -> nn.Module:
-    """`BitForImageClassification` with the weights of timm's R50x1."""
+    """`BitForImageClassification` with the weights of timm's network."""
     from transformers import BitConfig, BitForImageClassification
 
+    depths, widths = shape_of(model)
     config = BitConfig(
-        layer_type="preactivation", depths=list(DEPTHS), hidden_sizes=list(WIDTHS), embedding_size=64, num_groups=32,
+        layer_type="preactivation", depths=depths, hidden_sizes=widths, embedding_size=widths[0] // 4, num_groups=32,
         num_labels=int(model.num_classes),
     )  # fmt: skip
     network = BitForImageClassification(config)

@@ -5,8 +5,12 @@
 
 `bit_mixup.pretrain` on the set that `recipes/build_upstream.py` has built; no other set is looked at. Then the
 body is written in fp16, without the head, and a ridge head on its frozen features is scored few-shot on the held-out upstream
-classes. A killed run goes on where it stopped when it is started again. `--kinds glyph` or `picture` trains on a part of the
-upstream set, for comparison.
+classes. A killed run goes on where it stopped when it is started again. `--only train` and, with the run's folder copied here,
+`--only score` do the halves on two machines. `--kinds glyph` or `picture` trains on a part of the upstream set, for comparison.
+
+The defaults are for a GPU and 16 cores, which distort the drawings; on two cores without one, an hour and a half to two hours:
+
+    torchrun --standalone --nproc_per_node 2 recipes/make_bundled.py --steps 26000 --batch-size 256 --base-lr 0.2 --num-workers 0
 """
 
 import argparse
@@ -18,7 +22,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -29,12 +33,14 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 import bit_mixup
-from bit_mixup.data import Part
-from bit_mixup.environment import versions
+from bit_mixup.environment import available_cores
 from bit_mixup.examples import ArrayImages, EvaluationView
 from bit_mixup.images import View
 from bit_mixup.models import Normalize
-from bit_mixup.storage import whole_folder, write_json, write_text
+from bit_mixup.storage import read_json, whole_folder, write_json, write_text
+
+if TYPE_CHECKING:
+    from bit_mixup.data import Part  # which needs the `datasets` library, as training does not
 
 ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v5", 40
 CHANNELS = (64, 128, 256, 608)  # of the four stages
@@ -89,7 +95,7 @@ def export(trained: Path, out: Path, channels: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def features(model: Any, part: Part) -> npt.NDArray[np.float64]:
+def features(model: Any, part: "Part") -> npt.NDArray[np.float64]:
     """Pooled features (N, F) of the pictures of a part."""
     view = EvaluationView(part=part, view=View(resize_size=48, crop_size=RESOLUTION, flip=False, interpolation="bilinear"))
     outputs = []
@@ -191,27 +197,8 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
     write_text(out / "README.md", text + attribution.replace("# Where", "## Where", 1))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, writes and scores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", type=Path, default=Path("runs/upstream/set"), help="what build_upstream.py wrote")
-    parser.add_argument("--kinds", nargs="+", default=["glyph", "picture"], choices=["glyph", "picture"])
-    parser.add_argument("--classes", type=int, help="at most so many classes, for comparisons on a short budget")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="folder of the run")
-    parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
-    parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
-    parser.add_argument("--steps", type=int, default=26_000)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--base-lr", type=float, default=0.2)
-    parser.add_argument("--channels", type=int, nargs=4, default=list(CHANNELS), help="of the four stages")
-    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--weight-decay", type=float, default=3e-4)
-    parser.add_argument("--warmup-steps", type=int, default=500)
-    parser.add_argument("--decays", type=float, nargs="*", default=[0.3, 0.65, 0.95], help="as shares of the steps")
-    parser.add_argument("--min-area", type=float, default=0.6)
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that distort drawings")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args(argv)
+def train(asked: argparse.Namespace, arrays: ArrayImages) -> None:
+    """The run itself, from where it stopped."""
     network = asked.folder.with_name(f"{asked.folder.name}-network")
     first = os.environ.get("RANK", "0") == "0"
     if first and not (network / "config.json").is_file():  # the architecture, in the layout that --model accepts
@@ -224,19 +211,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             })  # fmt: skip
     while not (network / "config.json").is_file():
         time.sleep(0.1)
-    arrays = upstream_arrays(asked.upstream, asked.kinds, asked.classes)
     bit_mixup.pretrain(
         dataset=arrays, model=str(network), steps=asked.steps, batch_size=asked.batch_size, base_lr=asked.base_lr,
         warmup_steps=asked.warmup_steps, weight_decay=asked.weight_decay, precision=asked.precision,
         decay_steps=tuple(round(share * asked.steps) for share in asked.decays), min_area=asked.min_area, distort=True,
-        flip=False, seed=asked.seed, threads=1, num_workers=asked.num_workers, save_every=500, log_every=50,
-        output_dir=asked.folder, resume=True,
+        flip=False, seed=asked.seed, threads=1, micro_batch=asked.batch_size, num_workers=asked.num_workers, save_every=500,
+        log_every=50, output_dir=asked.folder, resume=True,
     )  # fmt: skip
-    if not first:
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, writes and scores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, default=Path("runs/upstream/set"), help="what build_upstream.py wrote")
+    parser.add_argument("--kinds", nargs="+", default=["glyph", "picture"], choices=["glyph", "picture"])
+    parser.add_argument("--classes", type=int, help="at most so many classes, for comparisons on a short budget")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bundled"), help="folder of the run")
+    parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
+    parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
+    parser.add_argument("--only", choices=["train", "score"], help="the first half, or the second of a run that is finished")
+    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--base-lr", type=float, default=0.5)
+    parser.add_argument("--channels", type=int, nargs=4, default=list(CHANNELS), help="of the four stages")
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--weight-decay", type=float, default=3e-4)
+    parser.add_argument("--warmup-steps", type=int, default=500)
+    parser.add_argument("--decays", type=float, nargs="*", default=[0.35, 0.65, 0.9], help="as shares of the steps")
+    parser.add_argument("--min-area", type=float, default=0.6)
+    parser.add_argument("--num-workers", type=int, default=available_cores(), help="processes that distort drawings")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(argv)
+    arrays = upstream_arrays(asked.upstream, asked.kinds, asked.classes)
+    if asked.only != "score":
+        train(asked, arrays)
+    if asked.only == "train" or os.environ.get("RANK", "0") != "0":
         return
     export(asked.folder / "model", asked.out, asked.channels)
     rows = [json.loads(line) for line in (asked.folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
+    environment = read_json(asked.folder / "plan.json")["environment"]
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     facts = {
         "kinds": asked.kinds,
@@ -256,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "last_loss": float(np.mean(losses[-100:])),
         "minutes": sum(asked.batch_size / row["images_per_second"] for row in rows) / 60,
         "parameters": sum(tensor.numel() for tensor in load_file(asked.out / "model.safetensors").values()),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "machine": cpu[1] if cpu else platform.machine(),
-        "versions": versions(),
+        "processes": environment["processes"],
+        "machine": environment["device"] if environment["device"] != "cpu" else cpu[1] if cpu else platform.machine(),
+        "versions": environment["versions"],
         "held_out_ridge": held_out_scores(asked.out, asked.upstream),
     }
     write_json(asked.folder / "facts.json", facts)

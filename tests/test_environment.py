@@ -86,9 +86,8 @@ def test_a_run_in_bf16_that_nobody_asked_for_is_scored_in_fp32(quick: dict[str, 
 
 def test_a_plan_says_how_steps_are_computed(quick: dict[str, Any]) -> None:
     plan = make_plan(configure(TransferConfig, **quick))
-    assert (
-        "channels last, quick layers, filters standardised once a step, fused SGD: this changes time, and rounding" in plan.text()
-    )
+    on = "channels last, quick layers, on a GPU normalisation fused with ReLU, filters standardised once a step, fused SGD"
+    assert f"{on}: this changes time, and rounding" in plan.text()
     off = {"memory_format": "contiguous", "quick_layers": False, "fused_optimizer": False}
     plan = make_plan(configure(TransferConfig, **quick, **off))
     assert "contiguous, timm's layers, filters standardised in each pass, plain SGD" in plan.text()

@@ -149,5 +149,5 @@ def test_a_whole_network_says_and_learns_the_same_through_it(kernels: types.Modu
         logits = plain(pictures)
         found = [logits, *torch.autograd.grad(F.cross_entropy(logits, labels), parameters)]
         for own, theirs in zip(found, wanted, strict=True):
-            close = 1e-4 * float(theirs.detach().abs().max()) + 1e-7
+            close = 1e-4 * float(theirs.detach().abs().max()) + 1e-5  # some gradients are 0 but for rounding
             torch.testing.assert_close(own, theirs, rtol=1e-3, atol=close)
