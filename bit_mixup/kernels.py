@@ -18,6 +18,7 @@ from torch import Tensor
 _LINES = 32, 16  # channels that a program takes at least where groups are narrower; the second where programs would be few
 _FEW = 264  # programs: two for each multiprocessor of the GPUs this was measured on
 _TILE = 8192  # numbers that a program holds at once
+_EACH = 32  # of them in each thread
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _blocks(x: Tensor, groups: int) -> dict[str, int]:
         some *= 2
     columns = triton.next_power_of_2(some * each)
     rows = max(1, min(_TILE // columns, triton.next_power_of_2(height * width)))
-    warps = max(1, min(8, rows * columns // 1024))
+    warps = max(1, min(8, rows * columns // (32 * _EACH)))
     return {"WIDTH": each, "GROUPS": some, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 

@@ -126,6 +126,13 @@ def test_where_it_can_not_be_used_torchs_own_is(monkeypatch: pytest.MonkeyPatch)
     fused_norm.cache_clear()
 
 
+def learned(network: torch.nn.Module, pictures: Tensor, labels: Tensor) -> list[Tensor]:
+    """Logits and all gradients, with convolutions in full fp32."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        logits = network(pictures)
+        return [logits, *torch.autograd.grad(F.cross_entropy(logits, labels), list(network.parameters()))]
+
+
 def test_a_whole_network_says_and_learns_the_same_through_it(kernels: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its normalisations are replaced, with one group or many; on a CPU the kernel is asked for by force."""
     monkeypatch.setattr(layers, "fused_norm", lambda: kernels.FusedGroupNorm)
@@ -136,18 +143,13 @@ def test_a_whole_network_says_and_learns_the_same_through_it(kernels: types.Modu
         args = {"channels": channels, "layers": (1, 1, 1, 1), "stem_chs": 32, "norm_layer": norm}
         plain = ResNetV2(num_classes=3, preact=True, stem_type="fixed", conv_layer=StdConv2d, **args)
         plain.to(DEVICE, memory_format=LAST)
-        pictures, labels = (
-            torch.randn(2, 3, 32, 32).contiguous(memory_format=LAST).to(DEVICE),
-            torch.tensor([0, 2], device=DEVICE),
-        )
-        logits = plain(pictures)
-        parameters = list(plain.parameters())
-        wanted = [logits, *torch.autograd.grad(F.cross_entropy(logits, labels), parameters)]
+        pictures, labels = torch.randn(2, 3, 64, 64).contiguous(memory_format=LAST), torch.tensor([0, 2])
+        pictures, labels = pictures.to(DEVICE), labels.to(DEVICE)
+        wanted = learned(plain, pictures, labels)
         replaced = make_quick(plain)
         norms = [module for module, _ in replaced if isinstance(module, FusedGroupNorm)]
         assert len(norms) == 3 * 4 + 1
-        logits = plain(pictures)
-        found = [logits, *torch.autograd.grad(F.cross_entropy(logits, labels), parameters)]
+        found = learned(plain, pictures, labels)
         for own, theirs in zip(found, wanted, strict=True):
             close = 1e-4 * float(theirs.detach().abs().max()) + 1e-5  # some gradients are 0 but for rounding
             torch.testing.assert_close(own, theirs, rtol=1e-3, atol=close)
