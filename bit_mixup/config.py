@@ -324,7 +324,8 @@ class PretrainConfig(RunConfig):
     """Everything that can be asked of pre-training. None leaves a value to BiT's upstream recipe.
 
     The dataset may also be an .npz file of arrays (images, labels, class_names); nothing is scored unless a test_split is named.
-    Of the model only the network counts: it starts from random weights. Plain names such as resnetv2_101x1_bit will do.
+    Of the model only the network counts, unless init is set: it starts from random weights. Plain names such as
+    resnetv2_101x1_bit will do.
     """
 
     test_split: str | None = None
@@ -349,6 +350,8 @@ class PretrainConfig(RunConfig):
     """Length of the run in passes over the data set, unless steps are given."""
     min_area: float = 0.08
     """Smallest share of a picture that an inception crop holds; 1 shows it whole."""
+    init: bool = False
+    """Start from the body of the model's weights instead of random ones, with a new head."""
     distort: bool = False
     """Bend, recolour and blur: for drawings, letters and symbols, not for photographs."""
 
@@ -366,8 +369,6 @@ class DistillConfig(PretrainConfig):
     """What the model learns from, with its head: the model folder of a run, a published architecture.tag, or a file."""
     temperature: float = 1.0
     """Softens both distributions; the paper tries 1, 2, 5 and 10."""
-    init: bool = False
-    """Start from the body of the model's weights instead of random ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

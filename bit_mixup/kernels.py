@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LINES = 32, 16  # channels that a program takes at least where groups are narrower; the second where programs would be few
+_LINES = 64, 16  # channels that a program takes at least where groups are narrower; the second where programs would be few
 _FEW = 264  # programs: two for each multiprocessor of the GPUs this was measured on
-_TILE = 8192  # numbers that a program holds at once
-_EACH = 32  # of them in each thread
+_TILE = 16384  # numbers that a program holds at once
+_EACH = 64  # of them in each thread
 
 
 @triton.jit

@@ -65,7 +65,7 @@ class PretrainPlan:
     Args:
         config: what was asked.
         data: what is trained on.
-        network: architecture and input size; its file counts only for distillation with `init`.
+        network: architecture and input size; its file counts only with `init`.
         hyper: rates, batch and length.
         view: how pictures are shown.
         environment: launcher and machine.
@@ -139,7 +139,7 @@ class PretrainPlan:
             for first, last, start, end in rate_table(hyper)
         )
         body = self.network.shape.parameter_count()
-        start = "its own weights" if isinstance(self.config, DistillConfig) and self.config.init else "random weights"
+        start = "its own weights" if self.config.init else "random weights"
         labels = "several labels a picture, sigmoid" if data.multi_label else "one label a picture, softmax"
         passes = hyper.steps * hyper.batch_size / len(data.train)
         if isinstance(self.config, DistillConfig):
@@ -356,15 +356,17 @@ def _digest(file: Path) -> str:
 def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator, council: Council) -> tuple[ResNetV2, Objective]:
     config = plan.config
     std_eps = config.std_eps or TIMM_STD_EPS
+
+    def build(num_classes: int) -> ResNetV2:
+        if config.init:
+            weights = main_first(council, lambda: fetch(plan.network))
+            return build_bit(weights, num_classes=num_classes, std_eps=std_eps)
+        return create_bit(plan.network, num_classes=num_classes, seed=config.seed, std_eps=std_eps)
+
     if not isinstance(config, DistillConfig) or plan.teacher is None:
-        model = create_bit(plan.network, num_classes=len(plan.data.class_names), seed=config.seed, std_eps=std_eps)
-        return model, SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
-    network = main_first(council, lambda: fetch(plan.network)) if config.init else plan.network
+        return build(len(plan.data.class_names)), SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
     teacher = build_bit(plan.teacher, keep_head=True)
-    if config.init:
-        model = build_bit(network, num_classes=int(teacher.num_classes), std_eps=std_eps)
-    else:
-        model = create_bit(network, num_classes=int(teacher.num_classes), seed=config.seed, std_eps=std_eps)
+    model = build(int(teacher.num_classes))
     if _normalization(teacher) != _normalization(model):
         raise ConfigError(
             f"the teacher normalises pictures by {_normalization(teacher)}, the student by {_normalization(model)}: they would "

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bit_mixup.data import Part  # which needs the `datasets` library, as training does not
 
 ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v5", 40
-CHANNELS = (64, 128, 256, 608)  # of the four stages
+CHANNELS = (64, 128, 256, 640)  # of the four stages
 HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
 SHOTS, DRAWS = (1, 5, 10), 20
 FEATURE_SCALE, FILTER_SCALE = 1.8, 0.65  # of (1, 1), these and (3, 0.5), fine-tuned on held-out pictures
@@ -199,9 +199,11 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
 
 def train(asked: argparse.Namespace, arrays: ArrayImages) -> None:
     """The run itself, from where it stopped."""
-    network = asked.folder.with_name(f"{asked.folder.name}-network")
+    network = asked.init or asked.folder.with_name(f"{asked.folder.name}-network")
     first = os.environ.get("RANK", "0") == "0"
-    if first and not (network / "config.json").is_file():  # the architecture, in the layout that --model accepts
+    if (
+        first and not asked.init and not (network / "config.json").is_file()
+    ):  # the architecture, in the layout that --model accepts
         model = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(asked.channels))
         with whole_folder(network) as folder:
             save_file(model.state_dict(), folder / "model.safetensors")
@@ -209,11 +211,11 @@ def train(asked: argparse.Namespace, arrays: ArrayImages) -> None:
             write_json(folder / "config.json", {
                 "architecture": ARCHITECTURE, "num_classes": 0, "model_args": model_args(asked.channels), "pretrained_cfg": cfg,
             })  # fmt: skip
-    while not (network / "config.json").is_file():
+    while not asked.init and not (network / "config.json").is_file():
         time.sleep(0.1)
     bit_mixup.pretrain(
-        dataset=arrays, model=str(network), steps=asked.steps, batch_size=asked.batch_size, base_lr=asked.base_lr,
-        warmup_steps=asked.warmup_steps, weight_decay=asked.weight_decay, precision=asked.precision,
+        dataset=arrays, model=str(network), init=asked.init is not None, steps=asked.steps, batch_size=asked.batch_size,
+        base_lr=asked.base_lr, warmup_steps=asked.warmup_steps, weight_decay=asked.weight_decay, precision=asked.precision,
         decay_steps=tuple(round(share * asked.steps) for share in asked.decays), min_area=asked.min_area, distort=True,
         flip=False, seed=asked.seed, threads=1, micro_batch=asked.batch_size, num_workers=asked.num_workers, save_every=500,
         log_every=50, output_dir=asked.folder, resume=True,
@@ -230,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bit_mixup/bundled"), help="where the body is written")
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
     parser.add_argument("--only", choices=["train", "score"], help="the first half, or the second of a run that is finished")
+    parser.add_argument("--init", type=Path, help="weights to start from, as an earlier run wrote them")
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--base-lr", type=float, default=0.5)
