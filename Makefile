@@ -92,7 +92,7 @@ upstream: $(READY) ## the upstream set of the bundled model, into runs/upstream/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,upstream]'
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/build_upstream.py $(ARGS)
 
-bundled: $(READY) ## train the bundled model on that set, anew (an hour and a half, two processes); writes into bit_mixup/bundled
+bundled: $(READY) ## train the bundled model on that set, anew (two hours, two processes); writes into bit_mixup/bundled
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 recipes/make_bundled.py $(ARGS)
 
 check: $(READY) ## format, lint and types

@@ -160,7 +160,7 @@ def overhead(rounds: int, root: Path, steps: int = 200, size: int = 32) -> list[
                 copy.deepcopy(tiny),
                 stream,
                 hyper,
-                accelerator,
+                accelerator("no"),
                 law=TrainingLaw(),
                 cuts=cut_batch(size),
                 run=run,

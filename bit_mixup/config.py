@@ -98,8 +98,7 @@ class RunConfig(DataConfig):
     """Of the forward and backward pass. None: what the Accelerate configuration says, else bf16 where the hardware computes in it
     (scores are then computed in fp32 all the same), else fp32. fp16 needs an accelerator."""
     micro_batch: int | Literal["auto"] | None = None
-    """Most examples of one backward pass; it changes rounding alone. None: what fits into 6 GiB, at least a group of mixup. auto:
-    the most that fit into memory, tried before training."""
+    """Most examples of one backward pass; it changes rounding alone. None: what fits into 6 GiB. auto: what fits, as tried."""
     num_workers: int | None = None
     """Processes that decode pictures. None: 0 on the CPU, else up to 8."""
     threads: int | None = None
@@ -324,8 +323,7 @@ class PretrainConfig(RunConfig):
     """Everything that can be asked of pre-training. None leaves a value to BiT's upstream recipe.
 
     The dataset may also be an .npz file of arrays (images, labels, class_names); nothing is scored unless a test_split is named.
-    Of the model only the network counts, unless init is set: it starts from random weights. Plain names such as
-    resnetv2_101x1_bit will do.
+    Of the model only the network counts (but for init): it starts from random weights. Plain names (resnetv2_101x1_bit) will do.
     """
 
     test_split: str | None = None

@@ -19,7 +19,7 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor
 
 from bit_mixup import layers
-from bit_mixup.layers import FusedGroupNorm, check_fused_norm, fused_norm, make_quick
+from bit_mixup.layers import FusedGroupNorm, fused_norm, fused_norm_agrees, make_quick
 
 pytest.importorskip("triton", reason="Triton does not come with torch here")
 
@@ -101,7 +101,7 @@ def test_maps_keep_their_form_and_what_is_not_a_number_is_not_hidden(kernels: ty
 
 
 def test_a_kernel_that_errs_is_found_out(kernels: types.ModuleType) -> None:
-    check_fused_norm(kernels.FusedGroupNorm, DEVICE)
+    assert fused_norm_agrees(kernels.FusedGroupNorm, DEVICE)
 
     class Wrong(kernels.FusedGroupNorm):  # type: ignore[name-defined,misc]
         @staticmethod
@@ -109,8 +109,7 @@ def test_a_kernel_that_errs_is_found_out(kernels: types.ModuleType) -> None:
             y: Tensor = kernels.FusedGroupNorm.forward(ctx, *inputs)
             return y + 0.01
 
-    with pytest.raises(ArithmeticError, match="differs from torch's"):
-        check_fused_norm(Wrong, DEVICE)
+    assert not fused_norm_agrees(Wrong, DEVICE)
 
 
 def test_where_it_can_not_be_used_torchs_own_is(monkeypatch: pytest.MonkeyPatch) -> None:

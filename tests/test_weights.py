@@ -169,7 +169,8 @@ def test_the_bundled_model() -> None:
     config = json.loads((BUNDLED_FOLDER / "config.json").read_text())
     weights = find_weights(BUNDLED)
     assert weights.file == BUNDLED_FOLDER / "model.safetensors"
-    assert sum(file.stat().st_size for file in BUNDLED_FOLDER.iterdir()) < 4_000_000
+    assert weights.file.stat().st_size <= 4_000_000
+    assert sum(file.stat().st_size for file in BUNDLED_FOLDER.iterdir()) <= 4 * 2**20  # with the card and the list of classes
     assert re.fullmatch(r"resnetv2_\w+_bit\.\w+", weights.name)
     assert weights.name == f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
     assert config["num_classes"] == 0
