@@ -113,7 +113,7 @@ test-all: $(READY) ## the tests and the long ones
 docs: $(READY) ## write docs/api.md anew from the docstrings
 	$(BIN)/python recipes/make_api.py
 
-bench: $(READY) ## time steps, loops, input and start-up beside others' ways (most of an hour, on an idle machine); writes docs/performance.md
+bench: $(READY) ## time steps, loops, input and start-up beside others' ways (an hour, on an idle machine); writes docs/performance.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluating.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/input.py
@@ -122,6 +122,8 @@ bench: $(READY) ## time steps, loops, input and start-up beside others' ways (mo
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/start.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py
+	$(BIN)/python recipes/open_sets.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/write.py
 
 soak: $(READY) ## kill a small training run at random moments 50 times, resume it, compare the bits (ARGS='--kills 6 --processes 2')

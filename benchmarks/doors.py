@@ -1,6 +1,6 @@
 """Does a model say the same of the same pictures, whoever asks?
 
-    OMP_NUM_THREADS=1 python benchmarks/doors.py --run runs/digits-resnetv2_50x1_bit.drawings_v3-0
+    OMP_NUM_THREADS=1 python benchmarks/doors.py --run runs/digits-resnetv2_50x1_bit.drawings_v4-0
 
 Takes a finished run on the digits (or makes one of 20 steps with mixup), and asks of 64 test digits, as RGB files, each door in
 turn: the Python API, the command line, timm and transformers from the folder that `bit-mixup push --dry-run` writes, and

@@ -88,6 +88,11 @@ def on_tensors(view: View, file: bytes, position: int) -> np.ndarray:
     return (crop.flip(2) if mirror else crop).numpy()
 
 
+def decoded(view: View, file: bytes, position: int) -> np.ndarray:
+    """Decoded, and nothing else."""
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
@@ -127,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ways["resized on tensors (not used)"] = other(on_tensors)
         if kind == "JPEG":
             ways["draft (not used)"] = other(drafted)
+        ways["decoding alone"] = other(decoded)
         parts[job] = interleave(ways, rounds=asked.rounds)
         whole = [Image.open(io.BytesIO(files[row])).convert("RGB").resize((resize, resize), 2) for row in rows]
 

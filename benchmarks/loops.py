@@ -144,6 +144,8 @@ def overhead(rounds: int, root: Path, steps: int = 200, size: int = 32) -> list[
 
     def bare() -> Work:
         step = Ours(copy.deepcopy(tiny), stream, bf16=False)
+        for group in step.optimizer.param_groups:
+            group["lr"] = peers.RATE
         losses = [step() for _ in range(steps)]
         return Work(steps=steps, images=steps * size, value=losses[-1])
 

@@ -32,6 +32,19 @@ def checks(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spread(runs: list[dict[str, float]], score: str) -> str:
+    """Smallest, median and largest of a score."""
+    values = [run[score] for run in runs]
+    return " / ".join(f"{value:.3f}" for value in (min(values), statistics.median(values), max(values)))
+
+
+def differences(runs: dict[str, list[dict[str, float]]], score: str) -> str:
+    """The same of the differences between bf16 and fp32, pair by pair."""
+    pairs = zip(runs["bf16"], runs["fp32"], strict=True)
+    values = [half[score] - full[score] for half, full in pairs]
+    return " / ".join(f"{value:+.3f}" for value in (min(values), statistics.median(values), max(values)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"))
@@ -46,8 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     def shown(name: str, part: str, what: str = "ms an image", scale: float = 1000.0) -> str:
         return table(rows(measured[name]["parts"][part]), what=what, scale=scale)
 
-    values = {"measured": measured, "table": shown, "checks": checks, "median": statistics.median}
-    text = environment.get_template("performance.md.j2").render(**values)
+    words = {
+        "table": shown,
+        "checks": checks,
+        "median": statistics.median,
+        "spread": spread,
+        "differences": differences,
+    }
+    text = environment.get_template("performance.md.j2").render(measured=measured, **words)
     asked.out.write_text(text, encoding="utf-8")
     print(f"{asked.out} written")
 
