@@ -36,6 +36,7 @@ from bit_mixup.training import train
 
 BATCH = 128
 BAR = 1.0  # ms
+BARE_STEPS = 600  # so many that what a run does at its start and end counts little
 
 
 @contextlib.contextmanager
@@ -131,7 +132,7 @@ class Wrapped(torch.nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def overhead(rounds: int, root: Path, steps: int = 200, size: int = 32) -> list[Any]:
+def overhead(rounds: int, root: Path, steps: int = BARE_STEPS, size: int = 8) -> list[Any]:
     """The second part: the bare step, and the whole loop around the same step."""
     import timm
 
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = digits(asked.steps, asked.rounds, Path(place))
         print(table(whole))
         bare = overhead(asked.rounds, Path(place))
-    steps = 200
+    steps = BARE_STEPS
     differences = sorted(1000 * (own - base) / steps for own, base in zip(bare[2].cpu, bare[0].cpu, strict=True))
     middle = differences[len(differences) // 2]
     noise = sorted(1000 * (own - base) / steps for own, base in zip(bare[1].cpu, bare[0].cpu, strict=True))

@@ -45,6 +45,11 @@ def differences(runs: dict[str, list[dict[str, float]]], score: str) -> str:
     return " / ".join(f"{value:+.3f}" for value in (min(values), statistics.median(values), max(values)))
 
 
+def middle(rounds: list[dict[str, float]], name: str) -> float:
+    """Median over rounds of what each has under a name."""
+    return statistics.median(found[name] for found in rounds)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"))
@@ -62,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = {
         "table": shown,
         "checks": checks,
+        "middle": middle,
         "median": statistics.median,
         "spread": spread,
         "differences": differences,
