@@ -120,7 +120,7 @@ def test_plan_marks_what_was_overridden(says, tiny_bit: Path) -> None:
         "alpha 0.3, one weight for each step, partners within groups of 8 [--mixup-alpha; the rule: 0.0]",
         "128 examples a step [--batch-size; the rule: 512] = 1 process(es) x 4 micro-batch(es) of up to 32",
         "fp32 (this processor does not compute in bf16), 1 thread(s)",
-        "channels last, quick layers, filters standardised once a step, fused SGD",
+        "channels last, quick layers, on a GPU normalisation fused with ReLU, filters standardised once a step, fused SGD",
     ):
         assert decision in text, text
 
