@@ -115,6 +115,7 @@ docs: $(READY) ## write docs/api.md anew from the docstrings
 
 bench: $(READY) ## time steps, loops, input and start-up beside others' ways (an hour, on an idle machine); writes docs/performance.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/micro_batches.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluating.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/input.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loops.py

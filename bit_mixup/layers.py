@@ -150,7 +150,7 @@ def fused_norm_agrees(kernels: Any, device: torch.device) -> bool:
 def is_bf16_channels_last(x: Tensor) -> bool:
     """Whether feature maps (N, C, H, W) are of a kind for which torch's own kernels are not the quickest.
 
-    Measured for the layers of R50x1 at 128 pixels on CPUs (`benchmarks/layers.py`): with fewer than 16 channels a group torch's
+    Measured for the layers of R50x1 at 128 pixels on CPUs: with fewer than 16 channels a group torch's
     group normalisation takes two to ten times as long as `NarrowGroupNorm`, and where maps are small its 1 x 1 convolution up to
     four times as long as a matrix product. Neither holds in fp32.
     """

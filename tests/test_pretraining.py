@@ -397,17 +397,18 @@ def test_labels_have_no_say_in_distillation(digits: ArrayImages, teacher: Path, 
     assert weights_of(tmp_path / "warm") != weights_of(tmp_path / "run")
 
 
-def test_a_student_starts_from_random_weights_or_where_asked_from_its_own(
+def test_a_network_starts_from_random_weights_or_where_asked_from_its_own(
     digits: ArrayImages, teacher: Path, tiny_bit: Path, short: dict[str, Any], tmp_path: Path
 ) -> None:
     options = short | {"steps": 1, "warmup_steps": 1}  # at a rate of 0
     random = bit_mixup.distill(dataset=digits, teacher=teacher, **options)
     own = bit_mixup.distill(dataset=digits, teacher=teacher, init=True, **(options | {"output_dir": tmp_path / "own"}))
+    further = bit_mixup.pretrain(dataset=digits, init=True, **(options | {"output_dir": tmp_path / "further"}))
     expected = {
         "random": create_bit(find_network(str(tiny_bit)), num_classes=10, seed=0).state_dict(),
         "own": load_bit(str(tiny_bit), num_classes=10).state_dict(),
     }
-    for name, result in (("random", random), ("own", own)):
+    for name, result in (("random", random), ("own", own), ("own", further)):
         found = result.model.state_dict()
         assert found.keys() == expected[name].keys()
         assert all(torch.equal(found[key], expected[name][key]) for key in found)
