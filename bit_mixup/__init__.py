@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bit_mixup.losses import training_loss
     from bit_mixup.mixup import Mixup, mix
     from bit_mixup.models import fold_weight_standardisation, load_bit, save_model
-    from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy
+    from bit_mixup.objectives import Distillation, LargeMarginCosine, SigmoidCrossEntropy, SoftmaxCrossEntropy
     from bit_mixup.outcomes import Outcomes
     from bit_mixup.planning import Plan, make_plan
     from bit_mixup.plots import reliability_diagram, save_figure
@@ -70,7 +70,7 @@ _HOMES = {
     "losses": ["training_loss"],
     "mixup": ["Mixup", "mix"],
     "models": ["fold_weight_standardisation", "load_bit", "save_model"],
-    "objectives": ["Distillation", "SigmoidCrossEntropy", "SoftmaxCrossEntropy"],
+    "objectives": ["Distillation", "LargeMarginCosine", "SigmoidCrossEntropy", "SoftmaxCrossEntropy"],
     "outcomes": ["Outcomes"],
     "planning": ["Plan", "make_plan"],
     "plots": ["reliability_diagram", "save_figure"],
@@ -105,6 +105,7 @@ __all__ = [
     "HyperParameters",
     "ImageDataset",
     "InBetween",
+    "LargeMarginCosine",
     "LossParts",
     "MixingMoments",
     "Mixup",

@@ -4,11 +4,10 @@ import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_type_hints
-
-import typeguard
+from typing import Any, Literal, Self, TypeVar
 
 from bit_mixup.catalog import DEFAULT_MODEL
+from bit_mixup.checking import check_fields
 from bit_mixup.corruption import check_fraction
 from bit_mixup.environment import MemoryFormat, Precision, Speedups
 from bit_mixup.errors import ConfigError, did_you_mean
@@ -352,11 +351,20 @@ class PretrainConfig(RunConfig):
     """Start from the body of the model's weights instead of random ones, with a new head."""
     distort: bool = False
     """Bend, recolour and blur: for drawings, letters and symbols, not for photographs."""
+    margin: float | None = None
+    """Learn from angles (CosFace): cosines, of which that of the right class must win by this much, in place of scalar products;
+    0.2 suits many classes of few examples. None: plain softmax."""
+    cosine_scale: float = 24.0
+    """With a margin: what cosines are multiplied by, to be logits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.epochs <= 1e6:
             raise ConfigError(f"epochs is {self.epochs}; it must be a positive number, at most a million.")
+        if self.margin is not None and not 0 <= self.margin < 1:
+            raise ConfigError(f"margin is {self.margin}; it must be at least 0 and below 1.")
+        if not 0 < self.cosine_scale < math.inf:
+            raise ConfigError(f"cosine_scale is {self.cosine_scale}; it must be a positive number.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,53 +378,10 @@ class DistillConfig(PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.margin is not None:
+            raise ConfigError("margin is for learning from labels, and distillation has none. Leave it out.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"temperature is {self.temperature}; it must be a positive number.")
-
-
-def check_fields(request: Any) -> None:
-    """Sees whether each field of a dataclass is what its annotation says, and not out of all proportion.
-
-    Raises:
-        ConfigError: one is not.
-    """
-    hints = get_type_hints(type(request))
-    for field in fields(request):
-        check_value(field.name, getattr(request, field.name), hints[field.name])
-        _check_extent(field.name, getattr(request, field.name))
-
-
-def check_value(name: str, value: Any, hint: Any) -> None:
-    """Sees whether a value is what a field's annotation says.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    try:
-        typeguard.check_type(value, hint)
-    except typeguard.TypeCheckError as error:
-        choices = [choice for choice in getattr(hint, "__args__", ()) if isinstance(choice, str)]
-        if choices and isinstance(value, str):
-            raise ConfigError(f'{name} "{value}"{did_you_mean(value, choices)}: expected one of {", ".join(choices)}.') from error
-        raise ConfigError(f"{name} is {value!r}; expected {str(hint).replace('typing.', '')}.") from error
-
-
-# Whole numbers beyond these are slips of the hand that would fill the memory or overflow before anybody is told.
-_LARGEST = {"batch_size": 2**20, "crop_size": 2**14, "resize_size": 2**14, "num_workers": 2**10, "threads": 2**10}
-_LARGEST_OTHER = 2**32
-
-
-def _check_extent(name: str, value: Any) -> None:
-    """Raises ConfigError where a whole number is too large for anything, or a text can not be written into a run's files."""
-    largest = _LARGEST.get(name, _LARGEST_OTHER)
-    if any(isinstance(number, int) and abs(number) > largest for number in (value if isinstance(value, tuple) else (value,))):
-        raise ConfigError(f"{name} is out of all proportion; it must not be above {largest:,}.")
-    if isinstance(value, str | Path) and not _can_be_written(str(value)):
-        raise ConfigError(f"{name} is {value!a}: it holds a character that UTF-8 lacks, or a zero byte. Rename what it names.")
-
-
-def _can_be_written(text: str) -> bool:
-    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -66,7 +66,7 @@ def training_loss(
         images, targets = shrink(images, centre.image, theta_bar), shrink(targets, centre.label, theta_bar)
     images, targets = _add_noise(images, law, place, model), _smooth(targets, law, centre)
     change_stage = mixing if mixing and law.stage else None
-    logits = forward(model, images, stage=law.stage, change_stage=change_stage, change_features=dropout)
+    logits = forward(model, images, stage=law.stage, change_stage=change_stage, change_features=dropout, cosine=objective.cosine)
     return objective.loss(logits.to(targets.dtype), targets, images), objective.floor(targets)
 
 

@@ -6,7 +6,7 @@ timm builds the networks; this file fills them, strictly: nothing is left at ran
 import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -278,7 +278,13 @@ Change = Callable[[Tensor], Tensor]
 
 
 def forward(
-    model: Network, images: Tensor, *, stage: int = 0, change_stage: Change | None = None, change_features: Change | None = None
+    model: Network,
+    images: Tensor,
+    *,
+    stage: int = 0,
+    change_stage: Change | None = None,
+    change_features: Change | None = None,
+    cosine: float | None = None,
 ) -> Tensor:
     """Logits (N, K) of normalised images (N, 3, H, W), as `model(images)`.
 
@@ -291,6 +297,7 @@ def forward(
         stage: after which of the four stages, from 1, `change_stage` is applied to the feature maps (N, C, H', W').
         change_stage: in place of nothing.
         change_features: applied to the pooled features (N, F) before the head.
+        cosine: where given, logits are this many times the cosine between features and the head's rows, without its bias.
     """
     if isinstance(model, LinearProbe):
         features = images
@@ -299,7 +306,35 @@ def forward(
     head: Any = model.get_classifier()
     if not torch.is_autocast_enabled(features.device.type):
         features = features.to(head.weight.dtype)  # of filters in half precision
-    return F.linear(change_features(features) if change_features else features, head.weight.flatten(1), head.bias)
+    features, rows = change_features(features) if change_features else features, head.weight.flatten(1)
+    if cosine is not None:
+        with torch.autocast(features.device.type, enabled=False):  # in half precision a cosine is known to a fiftieth of a margin
+            return cosine * F.linear(F.normalize(features.to(rows.dtype)), F.normalize(rows))
+    return F.linear(features, rows, head.bias)
+
+
+def draw_head(model: ResNetV2, *, seed: int) -> None:
+    """Gives the head random rows of about length 1, in place: a row of zeros has no direction."""
+    weight: Tensor = model.get_classifier().weight
+    torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def linear_head(model: ResNetV2, images: Iterable[Tensor], *, cosine: float) -> None:
+    """Turns a head that was trained by cosines into the linear one that stands for it in a model file, in place.
+
+    Each picture gets the same class as by cosines; its logits are those of its cosines, times the length of its features beside
+    the mean length over some pictures.
+
+    Args:
+        model: in any mode; it is left in that of evaluation.
+        images: batches (N, 3, H, W), normalised.
+        cosine: the factor in `forward`.
+    """
+    model.eval()
+    lengths = [model.forward_head(model.forward_features(batch), pre_logits=True).norm(dim=1) for batch in images]
+    weight: Tensor = model.get_classifier().weight
+    weight.copy_(F.normalize(weight.flatten(1)).view_as(weight) * (cosine / torch.cat(lengths).mean()))
 
 
 def _feature_maps(model: ResNetV2, images: Tensor, stage: int, change_stage: Change | None) -> Tensor:

@@ -1,7 +1,7 @@
 """What should the model's logits be close to, and how is the distance measured?"""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,14 @@ from bit_mixup.errors import ConfigError
 
 
 class Objective(Protocol):
-    """A loss that is summed over examples, so that micro-batches and processes add up to the whole batch."""
+    """A loss that is summed over examples, so that micro-batches and processes add up to the whole batch.
+
+    `cosine`: None for logits that are scalar products of features and the head's rows; else the factor of the cosines that take
+    their place (`bit_mixup.models.forward`).
+    """
+
+    @property
+    def cosine(self) -> float | None: ...
 
     def targets(self, labels: Tensor, *, num_classes: int, dtype: torch.dtype) -> Tensor:
         """What mixup mixes beside the images: (N, K), or (N, 0) where labels play no part."""
@@ -36,6 +43,8 @@ class Objective(Protocol):
 class SoftmaxCrossEntropy:
     """One class for each picture: cross-entropy between the softmax and a distribution over classes."""
 
+    cosine: ClassVar[float | None] = None
+
     def targets(self, labels: Tensor, *, num_classes: int, dtype: torch.dtype) -> Tensor:
         """Class indices (N,) as rows of 0 and a 1, (N, K)."""
         return F.one_hot(labels, num_classes).to(dtype)
@@ -54,6 +63,8 @@ class SoftmaxCrossEntropy:
 class SigmoidCrossEntropy:
     """Any number of classes for each picture: binary cross-entropy, summed over classes, as BiT's upstream on ImageNet-21k."""
 
+    cosine: ClassVar[float | None] = None
+
     def targets(self, labels: Tensor, *, num_classes: int, dtype: torch.dtype) -> Tensor:
         """Rows of 0 and 1, (N, K), as numbers."""
         return labels.to(dtype)
@@ -65,6 +76,45 @@ class SigmoidCrossEntropy:
     def floor(self, targets: Tensor) -> Tensor:
         """Sum over examples and classes of the entropy of a coin that falls so."""
         entropy: Tensor = torch.special.entr(targets) + torch.special.entr(1 - targets)
+        return entropy.sum()
+
+
+@dataclass(frozen=True)
+class LargeMarginCosine:
+    """Softmax cross-entropy of s (cos theta_k - m t_k): the right class must win by a margin, by its angle alone.
+
+    Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", 2018, eq. 4, for targets t of 0 and 1; a mixed
+    target takes its share of the margin. Neither a feature's length nor a class's can make up for a wrong angle, so pictures of a
+    class lie close together, also those of classes that are met only later, with an example or two.
+
+    Args:
+        margin: m, at least 0 and below 1.
+        cosine: s, above 0: logits lie between -s and s.
+
+    Raises:
+        ConfigError: one is out of its range.
+    """
+
+    margin: float
+    cosine: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < 1:
+            raise ConfigError(f"margin is {self.margin}; it must be at least 0 and below 1 (the paper's is 0.35).")
+        if not 0 < self.cosine < float("inf"):
+            raise ConfigError(f"cosine_scale is {self.cosine}; it must be a positive number (the paper's is 64).")
+
+    def targets(self, labels: Tensor, *, num_classes: int, dtype: torch.dtype) -> Tensor:
+        """Class indices (N,) as rows of 0 and a 1, (N, K)."""
+        return F.one_hot(labels, num_classes).to(dtype)
+
+    def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        """Sum over examples of the cross-entropy, of logits that are s times a cosine."""
+        return F.cross_entropy(logits - self.cosine * self.margin * targets, targets, reduction="sum")
+
+    def floor(self, targets: Tensor) -> Tensor:
+        """Sum over examples of the entropy of the targets: a bound that bounded logits come near, and never reach."""
+        entropy: Tensor = torch.special.entr(targets)
         return entropy.sum()
 
 
@@ -82,6 +132,8 @@ class Distillation:
     Raises:
         ConfigError: temperature is not a positive number.
     """
+
+    cosine: ClassVar[float | None] = None
 
     def __init__(self, teacher: torch.nn.Module, *, temperature: float = 1.0) -> None:
         if not 0 < temperature < float("inf"):

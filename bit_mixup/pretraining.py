@@ -7,7 +7,7 @@ library nor the command line is imported: arrays in memory will do.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from timm.models.resnetv2 import ResNetV2
+from torch import Tensor
 
 from bit_mixup.augmentation import InceptionView
 from bit_mixup.config import DistillConfig, PretrainConfig, configure, resolve_upstream
 from bit_mixup.environment import Environment, read_environment
-from bit_mixup.errors import ConfigError, shown
+from bit_mixup.errors import ConfigError, DataError, shown
 from bit_mixup.evaluation import EvaluationReport, MultiLabelReport, evaluate, evaluate_multi_label, in_markdown
 from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters, rate_table
@@ -38,8 +39,8 @@ from bit_mixup.launching import (
 )
 from bit_mixup.laws import TrainingLaw
 from bit_mixup.memory import memory_explained
-from bit_mixup.models import TIMM_STD_EPS, build_bit, create_bit, save_model
-from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from bit_mixup.models import TIMM_STD_EPS, Normalize, build_bit, create_bit, draw_head, linear_head, save_model
+from bit_mixup.objectives import Distillation, LargeMarginCosine, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from bit_mixup.prediction import predict_logits
 from bit_mixup.repeating import command_line, present_facts
 from bit_mixup.report import TrainingPage, render_training
@@ -141,6 +142,8 @@ class PretrainPlan:
         body = self.network.shape.parameter_count()
         start = "its own weights" if self.config.init else "random weights"
         labels = "several labels a picture, sigmoid" if data.multi_label else "one label a picture, softmax"
+        if self.config.margin is not None:
+            labels += f" of {self.config.cosine_scale:g} times cosines, with a margin of {self.config.margin:g}"
         passes = hyper.steps * hyper.batch_size / len(data.train)
         if isinstance(self.config, DistillConfig):
             labels = f"no labels: KL from the teacher {self.config.teacher} at temperature {self.config.temperature:g}"
@@ -243,6 +246,8 @@ def plan_pretrain(config: PretrainConfig, *, source: Any = None) -> PretrainPlan
     hyper = resolve_upstream(config, num_examples=len(data.train), weights=network)
     run.check_space(network.shape.parameter_count(len(data.class_names)), keep_checkpoints=config.keep_checkpoints)
     law = TrainingLaw(alpha=hyper.mixup_alpha, lam=config.mixup_lam)
+    if data.multi_label and config.margin is not None:
+        raise ConfigError(f"margin is for one label a picture, and {data.name} has several. Leave it out.")
     if isinstance(config, DistillConfig) and config.test_split is not None:
         raise ConfigError("distillation scores nothing, so test_split has no use. Leave it out.")
     return PretrainPlan(
@@ -339,6 +344,8 @@ def _run(plan: PretrainPlan, accelerator: Accelerator) -> PretrainResult:
         save_every=config.save_every,
         keep_checkpoints=config.keep_checkpoints,
     )
+    if isinstance(objective, LargeMarginCosine):
+        linear_head(model, _first_views(stream, model, len(plan.data.train)), cosine=objective.cosine)
     report = _score(plan, model, accelerator, workers)
     if accelerator.is_main_process:
         _write(plan, model, report)
@@ -364,7 +371,11 @@ def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator, council: 
         return create_bit(plan.network, num_classes=num_classes, seed=config.seed, std_eps=std_eps)
 
     if not isinstance(config, DistillConfig) or plan.teacher is None:
-        return build(len(plan.data.class_names)), SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
+        model = build(len(plan.data.class_names))
+        if config.margin is not None:
+            draw_head(model, seed=config.seed)
+            return model, LargeMarginCosine(config.margin, config.cosine_scale)
+        return model, SigmoidCrossEntropy() if plan.data.multi_label else SoftmaxCrossEntropy()
     teacher = build_bit(plan.teacher, keep_head=True)
     model = build(int(teacher.num_classes))
     if _normalization(teacher) != _normalization(model):
@@ -374,6 +385,15 @@ def _model_and_objective(plan: PretrainPlan, accelerator: Accelerator, council: 
         )
     teacher.to(accelerator.device).to(memory_format=torch.channels_last)
     return model, Distillation(teacher, temperature=config.temperature)
+
+
+def _first_views(stream: TrainingStream, model: ResNetV2, count: int) -> Iterator[Tensor]:
+    """A thousand views of the run, or one of each example where there are fewer, normalised."""
+    for start in range(0, min(count, 1024), 64):
+        batch = stream.__getitems__(range(start, min(start + 64, count)))
+        if isinstance(batch, DataError):
+            raise batch
+        yield Normalize.of(model)(torch.from_numpy(batch[0]).to(next(model.parameters()).device))
 
 
 def _normalization(model: ResNetV2) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from tyro.conf import Positional
 
-from bit_mixup.config import check_fields
+from bit_mixup.checking import check_fields
 from bit_mixup.environment import Precision
 from bit_mixup.errors import ConfigError
 

@@ -40,7 +40,7 @@ from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 if TYPE_CHECKING:
     from bit_mixup.data import Part  # which needs the `datasets` library, as training does not
 
-ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v4", 40
+ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v5", 40
 CHANNELS = (64, 128, 256, 640)  # of the four stages
 HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
 SHOTS, DRAWS = (1, 5, 10), 20
@@ -164,6 +164,8 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
         "base_lr",
         "warmup_steps",
         "weight_decay",
+        "margin",
+        "cosine_scale",
         "precision",
         "batch_size",
         "steps",
@@ -214,6 +216,7 @@ def train(asked: argparse.Namespace, arrays: ArrayImages) -> None:
     bit_mixup.pretrain(
         dataset=arrays, model=str(network), init=asked.init is not None, steps=asked.steps, batch_size=asked.batch_size,
         base_lr=asked.base_lr, warmup_steps=asked.warmup_steps, weight_decay=asked.weight_decay, precision=asked.precision,
+        margin=asked.margin, cosine_scale=asked.cosine_scale,
         decay_steps=tuple(round(share * asked.steps) for share in asked.decays), min_area=asked.min_area, distort=True,
         flip=False, seed=asked.seed, threads=1, micro_batch=asked.batch_size, num_workers=asked.num_workers, save_every=500,
         log_every=50, output_dir=asked.folder, resume=True,
@@ -231,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
     parser.add_argument("--only", choices=["train", "score"], help="the first half, or the second of a run that is finished")
     parser.add_argument("--init", type=Path, help="weights to start from, as an earlier run wrote them")
-    parser.add_argument("--steps", type=int, default=26_000)
+    parser.add_argument("--steps", type=int, default=21_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--base-lr", type=float, default=0.2)
     parser.add_argument("--channels", type=int, nargs=4, default=list(CHANNELS), help="of the four stages")
@@ -239,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight-decay", type=float, default=3e-4)
     parser.add_argument("--warmup-steps", type=int, default=500)
     parser.add_argument("--decays", type=float, nargs="*", default=[0.7, 0.88, 0.96], help="as shares of the steps")
+    parser.add_argument("--margin", type=float, default=0.2, help="of the cosines")
+    parser.add_argument("--cosine-scale", type=float, default=24.0)
     parser.add_argument("--min-area", type=float, default=0.6)
     parser.add_argument("--num-workers", type=int, default=0, help="processes that distort drawings")
     parser.add_argument("--seed", type=int, default=0)
@@ -262,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "base_lr": asked.base_lr,
         "warmup_steps": asked.warmup_steps,
         "weight_decay": asked.weight_decay,
+        "margin": asked.margin,
+        "cosine_scale": asked.cosine_scale,
         "precision": asked.precision,
         "channels": asked.channels,
         "decays": asked.decays,

@@ -19,8 +19,8 @@ from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
 from bit_mixup.laws import TrainingLaw
 from bit_mixup.mixup import Mixup
-from bit_mixup.models import Normalize, create_bit, forward, load_bit
-from bit_mixup.objectives import Distillation, SigmoidCrossEntropy, SoftmaxCrossEntropy, kl_divergence
+from bit_mixup.models import Normalize, create_bit, draw_head, forward, linear_head, load_bit
+from bit_mixup.objectives import Distillation, LargeMarginCosine, SigmoidCrossEntropy, SoftmaxCrossEntropy, kl_divergence
 from bit_mixup.runs import RunFolder
 from bit_mixup.sampling import cut_batch
 from bit_mixup.training import train as train_model
@@ -53,6 +53,47 @@ def test_softmax_cross_entropy_of_numbers_by_hand() -> None:
     targets = objective.targets(torch.tensor([0, 1]), num_classes=2, dtype=torch.float64)
     assert targets.tolist() == [[1, 0], [0, 1]]
     assert objective.loss(logits, targets, PICTURES).item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 2), rel=1e-12)
+
+
+def test_large_margin_cosine_of_numbers_by_hand() -> None:
+    """s = 2, m = 1/4; cosines 1 and 0, then 1/2 and 1 for the second class; and half of each class, with half of the margin."""
+    objective = LargeMarginCosine(margin=0.25, cosine=2.0)
+    logits = 2 * torch.tensor([[1.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    targets = objective.targets(torch.tensor([0, 1]), num_classes=2, dtype=torch.float64)
+    expected = math.log(1 + math.exp(0 - 1.5)) + math.log(1 + math.exp(1 - 1.5))
+    assert objective.loss(logits, targets, PICTURES).item() == pytest.approx(expected, rel=1e-12)
+    halves = torch.full((1, 2), 0.5, dtype=torch.float64)
+    expected = math.log(math.exp(1.75) + math.exp(-0.25)) - (1.75 - 0.25) / 2
+    assert objective.loss(logits[:1], halves, PICTURES).item() == pytest.approx(expected, rel=1e-12)
+    assert (objective.floor(targets).item(), objective.floor(halves).item()) == (0, pytest.approx(math.log(2), rel=1e-12))
+    plain = LargeMarginCosine(margin=0.0, cosine=2.0)
+    assert plain.loss(logits, targets, PICTURES) == SoftmaxCrossEntropy().loss(logits, targets, PICTURES)
+
+
+@pytest.mark.parametrize(("margin", "cosine"), [(-0.1, 1), (1, 1), (float("nan"), 1), (0.2, 0), (0.2, float("inf"))])
+def test_other_margins_are_refused(margin: float, cosine: float) -> None:
+    with pytest.raises(ConfigError, match="margin is" if cosine == 1 else "cosine_scale is"):
+        LargeMarginCosine(margin, cosine)
+
+
+def test_cosines_look_at_angles_alone_and_a_linear_head_keeps_their_order(tiny_bit: Path) -> None:
+    model = load_bit(str(tiny_bit), num_classes=5).double().eval()
+    draw_head(model, seed=0)
+    weight = model.get_classifier().weight
+    assert weight.flatten(1).norm(dim=1).tolist() == pytest.approx([1] * 5, abs=0.35)
+    with torch.no_grad():
+        model.get_classifier().bias.fill_(3)  # which has no say
+        features = model.forward_head(model.forward_features(PICTURES.double()), pre_logits=True)
+        rows = weight.flatten(1).clone()
+        expected = torch.nn.functional.cosine_similarity(features[:, None], rows[None], dim=2)
+        torch.testing.assert_close(forward(model, PICTURES.double(), cosine=7.0), 7 * expected, rtol=1e-10, atol=1e-10)
+        weight.mul_(torch.tensor([1.0, 2, 3, 4, 5])[:, None, None, None])
+        longer = forward(model, PICTURES.double(), change_features=lambda x: x * 9, cosine=7.0)
+        torch.testing.assert_close(longer, 7 * expected, rtol=1e-10, atol=1e-10)
+        model.get_classifier().bias.zero_()
+        linear_head(model, PICTURES.double().split(4), cosine=7.0)
+        lengths = features.norm(dim=1)
+        torch.testing.assert_close(model(PICTURES.double()), 7 * expected * (lengths / lengths.mean())[:, None])
 
 
 @pytest.mark.parametrize("objective", [SoftmaxCrossEntropy(), SigmoidCrossEntropy()], ids=lambda o: type(o).__name__)

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
 from markupsafe import escape
 from PIL import Image as Pillow
+from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from test_training import UNEVEN, difference, in_a_child, weights_of
 from torch import Tensor
@@ -38,8 +39,15 @@ from bit_mixup.examples import ArrayImages, EvaluationView, TrainingStream
 from bit_mixup.hyperrule import HyperParameters
 from bit_mixup.images import View
 from bit_mixup.laws import TrainingLaw
-from bit_mixup.models import create_bit, load_bit, save_model
-from bit_mixup.objectives import Distillation, Objective, SigmoidCrossEntropy, SoftmaxCrossEntropy, kl_divergence
+from bit_mixup.models import Normalize, create_bit, draw_head, forward, load_bit, save_model
+from bit_mixup.objectives import (
+    Distillation,
+    LargeMarginCosine,
+    Objective,
+    SigmoidCrossEntropy,
+    SoftmaxCrossEntropy,
+    kl_divergence,
+)
 from bit_mixup.prediction import predict_logits
 from bit_mixup.repeating import command_line
 from bit_mixup.runs import RunFolder
@@ -257,6 +265,7 @@ class Case:
 
 CASES = {
     "softmax": Case(objective=lambda teacher: SoftmaxCrossEntropy()),
+    "cosines": Case(objective=lambda teacher: LargeMarginCosine(margin=0.2, cosine=16.0), base_lr=0.001),
     "sigmoid": Case(part=several_labels, objective=lambda teacher: SigmoidCrossEntropy(), num_classes=12, base_lr=0.001),
     "sigmoid, mixed": Case(
         part=several_labels, objective=lambda teacher: SigmoidCrossEntropy(), num_classes=12, base_lr=0.001, mixup_alpha=1.0
@@ -275,6 +284,8 @@ def test_no_cut_changes_anything_in_double_precision(
     part, objective = case.part(digits), case.objective(teacher)
     cuts = {"1x64": cut_batch(64), "4x16": cut_batch(64, micro_batch=16), "uneven": UNEVEN if case.mixup_alpha else SINGLE_UNEVEN}
     start = create_bit(find_network(str(tiny_bit)), num_classes=case.num_classes, seed=0).double()
+    if objective.cosine is not None:
+        draw_head(start, seed=0)
     runs = {}
     for kind, cut in cuts.items():
         folder, law = tmp_path / kind, {"base_lr": case.base_lr, "mixup_alpha": case.mixup_alpha}
@@ -412,6 +423,50 @@ def test_a_network_starts_from_random_weights_or_where_asked_from_its_own(
         found = result.model.state_dict()
         assert found.keys() == expected[name].keys()
         assert all(torch.equal(found[key], expected[name][key]) for key in found)
+
+
+def test_a_run_by_cosines_learns_resumes_and_leaves_a_head_that_gives_its_classes(
+    tiny_bit: Path, short: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"dataset": "digits", "margin": 0.2, "cosine_scale": 10.0, "test_split": "test"}
+    result = bit_mixup.pretrain(**options, **(short | LONGER))
+    losses = losses_of(tmp_path / "run")
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    head = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not head["head.fc.bias"].any()
+    lengths = head["head.fc.weight"].flatten(1).norm(dim=1)
+    assert lengths.std() < 1e-5 * lengths.mean()
+    part = load_image_dataset("digits").test
+    images = Normalize.of(result.model)(torch.from_numpy(EvaluationView(part=part, view=VIEW).__getitems__(range(64))[0]))
+    with torch.no_grad():
+        cosines, logits = forward(result.model, images, cosine=10.0), result.model(images)
+    assert torch.equal(cosines.argmax(1), logits.argmax(1))
+    assert 5 < logits.abs().max() < 20
+    assert result.report is not None
+    assert result.report.accuracy > 0.2
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    shutil.rmtree(again / "checkpoints" / "step_000024")
+    shutil.rmtree(again / "model")
+    with pytest.raises(CheckpointError, match=r"margin: 0\.2 -> 0\.3"):
+        bit_mixup.pretrain(**(options | short | LONGER | {"output_dir": again, "margin": 0.3}), resume=True)
+    bit_mixup.pretrain(**(options | short | LONGER | {"output_dir": again}), resume=True)
+    assert weights_of(again) == weights_of(tmp_path / "run")
+
+
+def test_a_margin_is_refused_where_it_has_no_use(
+    digits: ArrayImages, teacher: Path, short: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="margin is for one label a picture"):
+        bit_mixup.pretrain(dataset=several_labels(digits), margin=0.2, **short)
+    with pytest.raises(ConfigError, match="margin is for learning from labels"):
+        bit_mixup.distill(dataset=digits, teacher=str(teacher), margin=0.2, **short)
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=f"margin is {wrong}"):
+            bit_mixup.PretrainConfig(dataset="digits", margin=wrong)
+    with pytest.raises(ConfigError, match="cosine_scale is 0"):
+        bit_mixup.PretrainConfig(dataset="digits", margin=0.1, cosine_scale=0.0)
+    assert not short["output_dir"].exists()
 
 
 def test_what_distillation_can_not_use_is_refused(
