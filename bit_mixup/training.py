@@ -126,7 +126,7 @@ def train(
                 _sum_gradients(model, accelerator)
                 wrapped.step()
                 wrapped.zero_grad()
-                log.add(done, *losses, get_total_norm(model.parameters()), skipped=wrapped.step_was_skipped)
+                log.add(done, *losses, _norm(trained), skipped=wrapped.step_was_skipped)
                 done += 1
                 saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
                 if saving or stopping or (watch and watching) or done % log_every == 0:
@@ -349,6 +349,12 @@ def _sum_gradients(model: Network, accelerator: Accelerator) -> None:
     summed = accelerator.reduce(torch.cat(gradients), reduction="sum")
     for gradient, part in zip(gradients, summed.split([len(gradient) for gradient in gradients]), strict=True):
         gradient.copy_(part)
+
+
+@torch.no_grad()  # or it would prepare to be differentiated
+def _norm(weights: Sequence[Tensor]) -> Tensor:
+    """Norm of all weights together: not finite where one of them is not."""
+    return get_total_norm(weights)
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
