@@ -352,8 +352,8 @@ class PretrainConfig(RunConfig):
     distort: bool = False
     """Bend, recolour and blur: for drawings, letters and symbols, not for photographs."""
     margin: float | None = None
-    """Learn from angles (CosFace): cosines, of which that of the right class must win by this much, in place of scalar products;
-    0.2 suits many classes of few examples. None: plain softmax."""
+    """Learn from angles (CosFace): cosines, of which that of the right class must win by this much, in place of scalar products:
+    0.2, to begin with. None: plain softmax."""
     cosine_scale: float = 24.0
     """With a margin: what cosines are multiplied by, to be logits."""
 

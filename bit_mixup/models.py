@@ -308,8 +308,7 @@ def forward(
         features = features.to(head.weight.dtype)  # of filters in half precision
     features, rows = change_features(features) if change_features else features, head.weight.flatten(1)
     if cosine is not None:
-        with torch.autocast(features.device.type, enabled=False):  # in half precision a cosine is known to a fiftieth of a margin
-            return cosine * F.linear(F.normalize(features.to(rows.dtype)), F.normalize(rows))
+        return cosine * F.linear(F.normalize(features.to(rows.dtype)), F.normalize(rows))
     return F.linear(features, rows, head.bias)
 
 

@@ -40,7 +40,7 @@ from bit_mixup.storage import read_json, whole_folder, write_json, write_text
 if TYPE_CHECKING:
     from bit_mixup.data import Part  # which needs the `datasets` library, as training does not
 
-ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v5", 40
+ARCHITECTURE, TAG, RESOLUTION = "resnetv2_50x1_bit", "drawings_v4", 40
 CHANNELS = (64, 128, 256, 640)  # of the four stages
 HELD_OUT = {"glyph": "held_out_glyphs", "picture": "held_out_pictures"}
 SHOTS, DRAWS = (1, 5, 10), 20
@@ -164,8 +164,6 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
         "base_lr",
         "warmup_steps",
         "weight_decay",
-        "margin",
-        "cosine_scale",
         "precision",
         "batch_size",
         "steps",
@@ -173,9 +171,13 @@ def write_card(out: Path, facts: dict[str, Any], classes: dict[str, Any], attrib
         "first_loss",
         "last_loss",
     )
+    loss = "softmax cross-entropy"
+    if facts["margin"] is not None:
+        loss = f"a large-margin cosine loss (CosFace, margin {facts['margin']:g}, scale {facts['cosine_scale']:g})"
     template = Path(__file__).with_name("bundled_card.md").read_text(encoding="utf-8")
     text = template.format(
         architecture=ARCHITECTURE,
+        loss=loss,
         tag=TAG,
         resolution=RESOLUTION,
         model_args=json.dumps(model_args(facts["channels"])),
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--loss-curve", type=Path, help="where to draw the loss")
     parser.add_argument("--only", choices=["train", "score"], help="the first half, or the second of a run that is finished")
     parser.add_argument("--init", type=Path, help="weights to start from, as an earlier run wrote them")
-    parser.add_argument("--steps", type=int, default=21_000)
+    parser.add_argument("--steps", type=int, default=26_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--base-lr", type=float, default=0.2)
     parser.add_argument("--channels", type=int, nargs=4, default=list(CHANNELS), help="of the four stages")
@@ -242,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight-decay", type=float, default=3e-4)
     parser.add_argument("--warmup-steps", type=int, default=500)
     parser.add_argument("--decays", type=float, nargs="*", default=[0.7, 0.88, 0.96], help="as shares of the steps")
-    parser.add_argument("--margin", type=float, default=0.2, help="of the cosines")
-    parser.add_argument("--cosine-scale", type=float, default=24.0)
+    parser.add_argument("--margin", type=float, help="learn from cosines, with this margin (default: plain softmax)")
+    parser.add_argument("--cosine-scale", type=float, default=24.0, help="of those cosines")
     parser.add_argument("--min-area", type=float, default=0.6)
     parser.add_argument("--num-workers", type=int, default=0, help="processes that distort drawings")
     parser.add_argument("--seed", type=int, default=0)
