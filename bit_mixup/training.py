@@ -109,6 +109,8 @@ def train(
         optimizer = torch.optim.SGD(trained, lr=0.0, momentum=hyper.momentum, weight_decay=hyper.weight_decay, fused=fused)
         done = first_step = restore_checkpoint(run, model, optimizer, scaler=accelerator.scaler)
         wrapped = accelerator.prepare_optimizer(optimizer)
+        # Accelerate's wrapper searches for another optimizer's package in each step; only fp16's loss scale needs it.
+        update = wrapped if accelerator.scaler else optimizer
         council = Council(accelerator)
         council.agree(lambda: {"the steps done": first_step, "the weights (digest)": digest_weights(model)})
         work.cut(cuts, first_step=first_step)
@@ -120,12 +122,12 @@ def train(
                 losses = work.fitting(done)
                 memory_is_short, stopping = council.largest(losses is None, signals.number)
                 if losses is None or memory_is_short:  # here or in another process
-                    wrapped.zero_grad()
+                    update.zero_grad()
                     log.say(work.retreat(done))
                     continue
                 _sum_gradients(model, accelerator)
-                wrapped.step()
-                wrapped.zero_grad()
+                update.step()
+                update.zero_grad()
                 log.add(done, *losses, _norm(trained), skipped=wrapped.step_was_skipped)
                 done += 1
                 saving, watching = (done % every == 0 or done == hyper.steps for every in (save_every, watch_every))
@@ -354,7 +356,8 @@ def _sum_gradients(model: Network, accelerator: Accelerator) -> None:
 @torch.no_grad()  # or it would prepare to be differentiated
 def _norm(weights: Sequence[Tensor]) -> Tensor:
     """Norm of all weights together: not finite where one of them is not."""
-    return get_total_norm(weights)
+    on_cpu = weights[0].device.type == "cpu"  # where torch does not choose the quicker way by itself
+    return get_total_norm(weights, foreach=True if on_cpu else None)
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
